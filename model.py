@@ -1,0 +1,435 @@
+"""The Llama / Mistral transformer, read from and written to Hugging Face folders, scoring preference pairs in packed rows.
+
+    model = load_model("Llama-3-8B-Instruct")             # fp32 weights, strict
+    logits = model(token_ids)                             # (T,) -> (T, vocab)
+    logps = model.response_logps(tokens, [(P, C, R)])     # a packed row of pairs -> log-probs of the response tokens
+    save_model(model, "aligned", like="Llama-3-8B-Instruct")
+
+Parameter names are Hugging Face's and RoPE splits each head in halves as theirs does, so the state dict IS the
+safetensors file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (q/k/v bias)
+and Qwen3 (norms on q and k); any other model or feature in config.json is an error. Needs torch and safetensors.
+
+Axes: T tokens of a row, R response tokens among them, H heads, K key/value heads, D head_dim, dim = width, V vocabulary.
+A row is a plain (T,) sequence of tokens, several texts end to end. All layers but attention see tokens one by one, so
+who sees whom is decided by one function, `attend(layer, q, k, v)`, and where a token stands by `positions`.
+"""
+import json
+import math
+import shutil
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
+
+# The vocabulary head holds at most this many logits at once, as fp32: 1 GiB, or 2,092 tokens at Llama-3's vocabulary.
+MAX_LOGITS = 2**28
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int                     # width of the MLP
+    norm_eps: float
+    rope_theta: float
+    max_positions: int                  # the longest sequence the model was made for
+    rope_scaling: dict | None = None    # Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_...
+    window: int | None = None           # a token sees itself and the window - 1 tokens before it; None: all
+    tied: bool = False                  # the embedding is also the output projection; there is no lm_head
+    qkv_bias: bool = False              # Qwen2
+    qk_norm: bool = False               # Qwen3
+
+
+# Fields of config.json that say nothing about the computation. Every other one is used below or refused.
+IGNORED_FIELDS = set("""
+    architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
+    unk_token_id initializer_range pretraining_tp attention_dropout _name_or_path max_window_layers id2label label2id
+    _attn_implementation_autoset unsloth_version unsloth_fixed return_dict output_attentions output_hidden_states
+    chunk_size_feed_forward problem_type is_encoder_decoder _flash_attn_2_enabled max_sequence_length name_or_path
+""".split())
+
+
+def read_config(folder):
+    """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; expected a Hugging Face model folder (config.json, *.safetensors, "
+                         "tokenizer files)") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    unread = dict(raw)
+
+    def refuse(field, value, expected):
+        raise ValueError(f"{path}: {field} = {value!r} is not supported; expected {expected}. "
+                         "model.py computes Llama, Mistral, Qwen2 and Qwen3 exactly or not at all")
+
+    def take(field, default=None):
+        value = unread.pop(field, None)
+        return default if value is None else value
+
+    def need(field):
+        value = take(field)
+        if value is None:
+            raise ValueError(f"{path}: field {field} is missing")
+        return value
+
+    family = raw.get("model_type")
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        refuse("model_type", family, "llama, mistral, qwen2 or qwen3")
+    dim, n_heads = need("hidden_size"), need("num_attention_heads")
+
+    # transformers 4 has rope_theta and rope_scaling (whose type was once called "type"); transformers 5 rope_parameters.
+    rope = {"rope_theta": take("rope_theta", 10000.0), **take("rope_scaling", {}), **take("rope_parameters", {})}
+    rope_theta = float(rope.pop("rope_theta"))
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if rope_type not in ("default", "llama3"):
+        refuse("rope type", rope_type, "default or llama3")
+    rope.pop("type", None)
+    expected = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+                "default": set()}[rope_type]
+    if set(rope) != expected:
+        refuse(f"{rope_type} rope with fields", sorted(rope), f"{sorted(expected)}")
+
+    # Without the field transformers takes 4096 for Mistral; v0.2 and later write null, which is no window.
+    window = unread.pop("sliding_window", 4096 if family == "mistral" else None)
+    if family.startswith("qwen") and not take("use_sliding_window", False):
+        window = None
+    elif family.startswith("qwen"):
+        refuse("use_sliding_window", True, "false")
+    layer_types = set(take("layer_types", [])) or {"sliding_attention" if window else "full_attention"}
+    if layer_types != {"sliding_attention" if window else "full_attention"}:
+        refuse("layer_types", sorted(layer_types), "the same attention in every layer")
+
+    for field, only in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
+        if (value := take(field, only)) != only:
+            refuse(field, value, repr(only))
+    if family == "qwen3":
+        head_dim = need("head_dim")
+    else:
+        head_dim = take("head_dim", dim // n_heads)
+    config = ModelConfig(
+        vocab_size=need("vocab_size"), dim=dim, n_layers=need("num_hidden_layers"), n_heads=n_heads,
+        n_kv_heads=take("num_key_value_heads", n_heads) if family == "llama" else need("num_key_value_heads"),
+        head_dim=head_dim, hidden_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=rope_theta,
+        max_positions=need("max_position_embeddings"), rope_scaling=rope or None, window=window,
+        tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
+
+    for field, value in unread.items():
+        if field not in IGNORED_FIELDS and value:     # a null, false or empty field switches nothing on
+            refuse(field, value, "no such field (if it does not change the computation, add it to IGNORED_FIELDS)")
+    return config
+
+
+# --- attention: who sees whom in a row ----------------------------------------------------------------------------------
+
+def causal_attention(q, k, v, window=None):
+    """Plain causal attention of one sequence. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+    T, groups = q.shape[0], q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, H or K, T, D)
+    if window is None or T <= window:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    else:
+        band = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # a mask with enable_gqa leaves flash
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+    return out[0].transpose(0, 1)                                              # (T, H, D)
+
+
+def pair_attention(q, k, v, pairs, window=None):
+    """Attention in a row of [prompt | chosen | rejected] pairs: each response sees the prompt and itself.
+
+    Two plain causal calls a pair, prompt+chosen and prompt+rejected, the prompt's outputs of the second dropped. That
+    repeats P^2 of attention and nothing else, and beat every masked formulation that was tried, on CPU by 1.0 to 1.9 times.
+    """
+    out, start = [], 0
+    for P, C, R in pairs:
+        prompt_end, chosen_end, end = start + P, start + P + C, start + P + C + R
+        out.append(causal_attention(*(x[start:chosen_end] for x in (q, k, v)), window))
+        with_rejected = (torch.cat((x[start:prompt_end], x[chosen_end:end])) for x in (q, k, v))
+        out.append(causal_attention(*with_rejected, window)[P:])
+        start = end
+    return torch.cat(out)                                                      # (T, H, D)
+
+
+def pair_layout(pairs, device=None):
+    """Where things stand in a row of pairs, given [(P, C, R), ...] lengths of prompt, chosen and rejected.
+
+    Returns three int64 tensors: positions (T,), which restart for `rejected` where the prompt ended; predictors (R,),
+    the row index of the token whose state predicts each response token (the last prompt token predicts the first of
+    both responses); targets (R,), the row index of each response token. R runs chosen, rejected, pair after pair.
+    """
+    positions, predictors, targets, start = [], [], [], 0
+    for P, C, R in pairs:
+        positions += [*range(P + C), *range(P, P + R)]
+        last, chosen_end = start + P - 1, start + P + C
+        predictors += [*range(last, last + C), last, *range(chosen_end, chosen_end + R - 1)]
+        targets += range(start + P, chosen_end + R)
+        start = chosen_end + R
+    return tuple(torch.tensor(x, device=device) for x in (positions, predictors, targets))
+
+
+def rope_tables(positions, config):
+    """cos and sin of the rotary angles, (T, 1, D/2) each, in fp32. Computed, never stored: nothing to load or shard."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    freq = 1.0 / config.rope_theta**exponent                                   # (D/2,)
+    if s := config.rope_scaling:
+        # Llama-3.1: wavelengths longer than the original context are stretched by `factor`, short ones kept, with a
+        # ramp between.
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # in the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / s["factor"])
+    angles = positions[:, None, None] * freq                                   # (T, 1, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates the two halves of each head against each other. (T, H, D) -> (T, H, D)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# --- the transformer ----------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        T = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))             # (T, H, D)
+        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))             # (T, K, D)
+        v = self.v_proj(x).view(T, -1, self.head_dim)                          # (T, K, D)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)              # (T, H, D)
+        return self.o_proj(out.reshape(T, -1))                                 # (T, dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = False          # recompute each block in the backward pass: less memory, a third more work
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+            "norm": nn.RMSNorm(config.dim, config.norm_eps),
+        })
+        if not config.tied:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight   # (V, dim)
+
+    def states(self, tokens, positions, attend):
+        """Final normed hidden states of a row. tokens and positions (T,) int64 -> (T, dim).
+
+        attend(layer, q, k, v) -> (T, H, D) decides who sees whom; layer counts from 0.
+        """
+        x = self.model.embed_tokens(tokens)                                    # (T, dim)
+        cos, sin = (table.to(x.dtype) for table in rope_tables(positions, self.config))
+        for i, layer in enumerate(self.model.layers):
+            args = x, cos, sin, partial(attend, i)
+            x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
+        return self.model.norm(x)
+
+    def forward(self, tokens):
+        """Logits of one plain sequence, all V of them for every token: for checks, not for training. (T,) -> (T, V)"""
+        attend = lambda layer, q, k, v: causal_attention(q, k, v, self.config.window)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        return F.linear(self.states(tokens, positions, attend), self.head_weight)
+
+    def response_states(self, tokens, pairs):
+        """The states that predict the response tokens of a packed row. (T,), [(P, C, R), ...] -> (R, dim), targets (R,).
+
+        The row holds [prompt | chosen | rejected] pair after pair, the prompt once; lengths are at least 1.
+        """
+        positions, predictors, targets = pair_layout(pairs, tokens.device)
+        attend = lambda layer, q, k, v: pair_attention(q, k, v, pairs, self.config.window)
+        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+
+    def token_logps(self, states, targets):
+        """Log-probs of target tokens, in fp32 at least. states (R, dim), targets (R,) -> (R,)"""
+        return TargetLogps.apply(states, self.head_weight, targets)
+
+    def response_logps(self, tokens, pairs):
+        """Log-probs of the response tokens of a packed row, as response_states lays them out. -> (R,)"""
+        return self.token_logps(*self.response_states(tokens, pairs))
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(states @ weight.T)[target] with its gradient by hand, never more than MAX_LOGITS logits at once.
+
+    Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there. Train on a pair at
+    a time (train.py does) and they fit: no recomputation, and no logits but one pair's.
+    A log-prob is z[target] - logsumexp(z): torch's fp32 CPU log_softmax is off by 2e-5 a token at a 128k vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets):
+        ctx.rows = max(1, MAX_LOGITS // weight.shape[0])
+        logps, logsumexps, logits = [], [], None
+        for s, target in zip(states.split(ctx.rows), targets.split(ctx.rows)):
+            logits = _logits(s, weight)                                        # (rows, V)
+            logsumexps.append(logits.logsumexp(-1))
+            logps.append(logits.gather(-1, target[:, None])[:, 0] - logsumexps[-1])
+        ctx.save_for_backward(states, weight, targets, torch.cat(logsumexps))
+        ctx.logits = logits if len(logps) == 1 and any(ctx.needs_input_grad) else None
+        return torch.cat(logps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        states, weight, targets, logsumexp = ctx.saved_tensors
+        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
+        for i in range(0, len(states), ctx.rows):
+            rows = slice(i, i + ctx.rows)
+            logits = _logits(states[rows], weight) if ctx.logits is None else ctx.logits
+            ctx.logits = None                                                  # overwritten below
+            # d logp / d logits = onehot(target) - softmax(logits)
+            grad_logits = logits.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])      # (rows, V)
+            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_states[rows] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, states[rows])
+        return grad_states, grad_weight, None
+
+
+def _logits(states, weight):
+    return F.linear(states, weight).to(torch.promote_types(states.dtype, torch.float32))
+
+
+# --- Hugging Face folders -----------------------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def checkpoint_tensors(folder):
+    """{name: (shape, dtype, file name)} of all *.safetensors in a folder, from their headers. ValueError names the file."""
+    folder, found = Path(folder), {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as f:
+                header = {name: f.get_slice(name) for name in f.keys()}
+                header = {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in header.items()}
+        except SafetensorError as e:
+            raise ValueError(f"{file}: not a complete safetensors file ({e}); fetch it again") from None
+        for name, (shape, dtype) in header.items():
+            if name in found:
+                raise ValueError(f"{folder}: weight {name} is both in {found[name][2]} and in {file.name}; "
+                                 "move the files that do not belong to this model away")
+            if dtype not in DTYPES:
+                raise ValueError(f"{file}: weight {name} is stored as {dtype}; expected one of {', '.join(DTYPES)} "
+                                 "(quantised checkpoints cannot be trained)")
+            found[name] = shape, DTYPES[dtype], file.name
+    if not found:
+        raise ValueError(f"{folder}: no *.safetensors files; expected a Hugging Face model folder")
+    return found
+
+
+def load_model(folder, dtype=torch.float32, device="cpu"):
+    """A Transformer with the weights of a Hugging Face folder, in `dtype` (fp32 for training: bf16 weights do not move
+    at learning rate 1e-6). Every weight must be there, of the right shape and finite, and no other; else ValueError."""
+    config, found = read_config(folder), checkpoint_tensors(folder)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    # Old Llama-2 files carry the rotary frequencies; some tied models carry their embedding twice. Both are derived.
+    extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
+    extra -= {"lm_head.weight"} if config.tied else set()
+    if missing := set(expected) - set(found):
+        index = Path(folder) / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        absent = sorted(f for f in files if not (Path(folder) / f).exists())
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first"
+                         + (f"; the index names files that are not there: {', '.join(absent)}" if absent else ""))
+    if extra:
+        raise ValueError(f"{folder}: {len(extra)} weights that the model of config.json does not have, {min(extra)} "
+                         f"(in {found[min(extra)][2]}) first; move files of another format or model away")
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; config.json asks for {shape}")
+
+    model.to_empty(device=device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
+        dcp.load(model.state_dict(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{folder}/{found[name][2]}: {name} holds NaN or infinite values")
+    return model
+
+
+# Everything in a model folder that is not weights, copied byte for byte.
+COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "original/tokenizer*", "special_tokens_map.json",
+                "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+
+
+def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
+    """Writes `model` as a Hugging Face folder: safetensors of at most shard_bytes with their index, and config and
+    tokenizer files as they are in the folder `like`. Weights are stored in `dtype`, by default in the one each has in
+    `like` (usually bf16: a model loaded and saved is bit-equal)."""
+    folder, like = Path(folder), Path(like)
+    stored = checkpoint_tensors(like)
+    tensors, file_of, used, n_files = {}, {}, 0, 1
+    for name, p in model.state_dict().items():
+        tensors[name] = p.detach().to(dtype or stored[name][1])
+        size = tensors[name].numel() * tensors[name].element_size()
+        if used and used + size > shard_bytes:
+            used, n_files = 0, n_files + 1
+        used, file_of[name] = used + size, n_files
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is ")
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of))
+    for pattern in COPIED_FILES:
+        for file in like.glob(pattern):
+            target = folder / file.relative_to(like)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
