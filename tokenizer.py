@@ -55,6 +55,10 @@ class SentencePieceTokenizer:
         special = set(self.special.values())
         return self.model.decode([int(i) for i in ids if i not in special])
 
+    def piece(self, i):
+        """How one id looks, for showing a text token by token."""
+        return self.model.id_to_piece(i) if i < self.model.vocab_size() else _name(i, self.special)
+
 
 class BytePairTokenizer:
     """Byte-level BPE: Llama-3's tokenizer.model, or the tokenizer.json of Llama-3, SmolLM2 and Qwen. Merged by tiktoken.
@@ -85,6 +89,14 @@ class BytePairTokenizer:
         """The text of ids, control tokens left out; bytes that are not UTF-8 show as U+FFFD."""
         special = set(self.special.values())
         return self.model.decode([int(i) for i in ids if i not in special])
+
+    def piece(self, i):
+        """How one id looks, for showing a text token by token."""
+        return _name(i, self.special) or self.model.decode([i])
+
+
+def _name(i, special):
+    return next((name for name, token in special.items() if token == i), None)
 
 
 def load_tokenizer(folder):

@@ -1,0 +1,198 @@
+"""Preference pairs: from JSON Lines to tokens, from tokens to packed rows.
+
+    pairs, dropped = load_pairs(["pairs.jsonl"], chat, max_length=2048, max_prompt_length=1800)
+    for step in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
+        for row in pack([pairs[i] for i in step], tokens_per_row=8192): ...
+
+A line of a file is one of
+    {"prompt": "...", "chosen": "...", "rejected": "..."}                                   three strings
+    {"prompt": "..." or [turns], "chosen": [turns], "rejected": [turns]}                    message lists
+    {"chosen": [turns], "rejected": [turns]}                                                the prompt inside them
+    {"prompt": "..." or [turns], "all_generated_responses": [...], "all_rm_scores": [...]}  best against worst
+where a turn is {"role": "system" | "user" | "assistant", "content": "..."}; other fields are left alone.
+A line that is none of them stops with file and line. A pair that cannot teach or does not fit is dropped and counted;
+nothing is ever cut.
+"""
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class PreferencePair:
+    prompt: list[int]      # ends where a response starts
+    chosen: list[int]      # with its one end token
+    rejected: list[int]
+    source: str            # file:line
+    ref_logps: tuple[float, float] | None = None    # DPO only: summed log-probs under the starting model
+
+    def __len__(self):
+        """Tokens in a row: the prompt is there once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclass
+class PackedPairs:
+    """A row of pairs end to end, [prompt | chosen | rejected] each, no padding."""
+    tokens: torch.Tensor                    # (T,) int64
+    lengths: list[tuple[int, int, int]]     # (prompt, chosen, rejected) of each pair; add up to T
+    pairs: list[PreferencePair]
+
+
+class Dropped(Exception):
+    """A pair that is well-formed but not used; the message is the reason that is counted."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+def read_jsonl(path):
+    """Yields ("file:line", object) of a JSON Lines file. ValueError names the line. Empty lines are passed over."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as e:
+                        raise ValueError(f"{path}:{number}: not valid JSON ({e})") from None
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{path}:{number}: expected a JSON object, found {line.strip()[:60]}")
+                    yield f"{path}:{number}", row
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+
+
+def as_messages(prompt):
+    """A prompt as a list of turns: a string is one user turn."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"prompt is {prompt!r:.80}; expected a string or a non-empty list of turns")
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise ValueError(f"turn {turn!r:.80}; expected an object with a string role and a string content")
+    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
+
+
+def parse_row(row):
+    """(prompt turns, chosen text, rejected text) of one line. ValueError if malformed, Dropped for a tie."""
+    if "chosen" in row and "rejected" in row:
+        before, chosen = _split_answer(row["chosen"], "chosen")
+        before_rejected, rejected = _split_answer(row["rejected"], "rejected")
+        if before != before_rejected:
+            raise ValueError("chosen and rejected differ before their last turn; expected one prompt for both")
+        if "prompt" not in row and not before:
+            raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the other to hold "
+                             "the prompt")
+        prompt = as_messages(row["prompt"]) if "prompt" in row else before
+        if before and prompt != before:
+            # Some sets repeat a single turn of the dialogue as the prompt; the dialogue itself is what is answered.
+            if not isinstance(row["prompt"], str) or prompt[0] not in before:
+                raise ValueError("field prompt differs from the turns before the answer in chosen")
+            prompt = before
+        return prompt, chosen, rejected
+
+    if "all_generated_responses" in row and "all_rm_scores" in row:
+        if "prompt" not in row:
+            raise ValueError("no field prompt beside all_generated_responses")
+        answers, scores = row["all_generated_responses"], row["all_rm_scores"]
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            raise ValueError("all_generated_responses; expected a list of strings")
+        if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+            raise ValueError("all_rm_scores; expected a list of finite numbers")
+        if len(answers) != len(scores) or len(answers) < 2:
+            raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of both, two or more")
+        if max(scores) == min(scores):
+            raise Dropped("all scores equal")
+        return as_messages(row["prompt"]), answers[scores.index(max(scores))], answers[scores.index(min(scores))]
+
+    raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or all_generated_responses and all_rm_scores")
+
+
+def _split_answer(value, field):
+    """(turns before the answer, the answer) of a string or a list of turns."""
+    if isinstance(value, str):
+        return [], value
+    if not isinstance(value, list):
+        raise ValueError(f"{field} is {value!r:.80}; expected a string or a list of turns")
+    turns = as_messages(value)
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(f"{field} ends with a turn of {turns[-1]['role']!r}; expected 'assistant'")
+    return turns[:-1], turns[-1]["content"]
+
+
+def encode_pair(row, source, chat, max_length, max_prompt_length):
+    """The PreferencePair of one line. max_length bounds the prompt with either response, as a sequence of its own."""
+    prompt, chosen, rejected = parse_row(row)
+    if not chosen.strip() or not rejected.strip():
+        raise Dropped("an empty answer")
+    prompt_ids = chat.encode_prompt(prompt)
+    pair = PreferencePair(prompt_ids, chat.encode_response(chosen), chat.encode_response(rejected), source)
+    if pair.chosen == pair.rejected:
+        raise Dropped("identical answers")
+    if len(prompt_ids) > max_prompt_length:
+        raise Dropped(f"prompt over max_prompt_length = {max_prompt_length}")
+    if len(prompt_ids) + max(len(pair.chosen), len(pair.rejected)) > max_length:
+        raise Dropped(f"prompt with response over max_length = {max_length}")
+    return pair
+
+
+def load_pairs(files, chat, max_length, max_prompt_length):
+    """(pairs, dropped) of JSON Lines files; dropped counts the pairs left out, by reason. ValueError names file:line."""
+    pairs, dropped = [], Counter()
+    for file in files:
+        for source, row in read_jsonl(file):
+            try:
+                pairs.append(encode_pair(row, source, chat, max_length, max_prompt_length))
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+            except ValueError as e:
+                raise ValueError(f"{source}: {e}") from None
+    if not pairs:
+        reasons = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the files are empty"
+        raise ValueError(f"{', '.join(map(str, files))}: no pairs left to use ({reasons})")
+    return pairs, dropped
+
+
+# --- order and packing ------------------------------------------------------------------------------------------------
+
+def hold_out(pairs, n, seed):
+    """(training pairs, n held-out pairs), drawn by seed; both keep the order of the files."""
+    if not 0 <= n < len(pairs):
+        raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs")
+    held = set(np.random.default_rng(seed).permutation(len(pairs))[:n].tolist())
+    return [p for i, p in enumerate(pairs) if i not in held], [p for i, p in enumerate(pairs) if i in held]
+
+
+def epoch_steps(n_pairs, pairs_per_step, seed, epoch):
+    """The pairs of each optimiser step of an epoch, as lists of indices: a pure function of its arguments, so that a
+    resumed run needs no data-loader state. The last step takes what is left."""
+    order = np.random.default_rng([seed, epoch]).permutation(n_pairs).tolist()
+    return [order[i:i + pairs_per_step] for i in range(0, n_pairs, pairs_per_step)]
+
+
+def pack(pairs, tokens_per_row):
+    """Deals pairs onto as few rows as hold at most tokens_per_row tokens each: longest first, onto the lightest row, so
+    that rows are of near-equal work. Every pair is in exactly one row, whole."""
+    longest = max(pairs, key=len)
+    if len(longest) > tokens_per_row:
+        raise ValueError(f"{longest.source}: the pair has {len(longest)} tokens, more than tokens_per_micro_batch = "
+                         f"{tokens_per_row}; raise that, or lower max_length")
+    n_rows = math.ceil(sum(map(len, pairs)) / tokens_per_row)
+    while True:
+        rows, loads = [[] for _ in range(n_rows)], [0] * n_rows
+        for pair in sorted(pairs, key=len, reverse=True):
+            lightest = loads.index(min(loads))
+            rows[lightest].append(pair)
+            loads[lightest] += len(pair)
+        if max(loads) <= tokens_per_row:
+            return [_pack_row(row) for row in rows]
+        n_rows += 1
+
+
+def _pack_row(pairs):
+    tokens = [token for pair in pairs for token in pair.prompt + pair.chosen + pair.rejected]
+    return PackedPairs(torch.tensor(tokens), [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], pairs)
