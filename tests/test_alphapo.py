@@ -196,9 +196,10 @@ def test_alpha_one_and_minus_one_shape_the_reward_by_the_geometric_mean_probabil
     torch.testing.assert_close(alphapo_reward(probabilities.log(), alpha=-1, beta=2.0), 2 * (probabilities - 1))
 
 
-# --- gradient flow of a small model (Corollary 3.3) ---------------------------------------------------------------------
+# --- gradient flow of a small model (Corollary 3.3) -------------------------------------------------------------------
 
-STEP = 1e-7         # so small that what bends is lost against the slope
+STEP = 1e-7         # so short that the flow is straight
+BETA = 0.25         # small, so that no pair is so right that its gradient is 0 in float64
 
 
 class TinyModel:
@@ -206,9 +207,10 @@ class TinyModel:
 
     def __init__(self, seed):
         rng = torch.Generator().manual_seed(seed)
-        self.theta = torch.randn(2, 5, 3, dtype=torch.float64, generator=rng).requires_grad_()
+        self.theta = (torch.randn(2, 5, 3, dtype=torch.float64, generator=rng) * 0.7).requires_grad_()
         prompt = torch.randint(5, (1,), generator=rng)
         self.pair = [torch.cat([prompt, torch.randint(5, (n,), generator=rng)]) for n in (3, 4)]
+        self.chosen, self.rejected = (logp.item() for logp in self.logps(self.theta))
         chosen, rejected = (torch.autograd.grad(self.logps(self.theta)[i], self.theta)[0] for i in (0, 1))
         self.g_cc, self.g_cr = (chosen * chosen).sum().item(), (chosen * rejected).sum().item()
 
@@ -219,12 +221,12 @@ class TinyModel:
 
     def flow(self, alpha):
         """The pair's log-probs and rewards before and after a tiny step down the loss, (2, 4), and the step's time."""
-        score = lambda logps: torch.stack([*logps, *(alphapo_reward(x, alpha=alpha, beta=2.5) for x in logps)]).detach()
+        score = lambda logps: torch.stack([*logps, *(alphapo_reward(x, alpha=alpha, beta=BETA) for x in logps)])
         logps = self.logps(self.theta)
-        loss, _, _ = alphapo_loss(*logps, alpha=alpha, beta=2.5, gamma_beta_ratio=0.1)
+        loss, _, _ = alphapo_loss(*logps, alpha=alpha, beta=BETA, gamma_beta_ratio=0.1)
         gradient, = torch.autograd.grad(loss, self.theta)
         time = STEP / gradient.norm()
-        return torch.stack([score(logps), score(self.logps(self.theta - time * gradient))]), time
+        return torch.stack([score(logps), score(self.logps(self.theta - time * gradient))]).detach(), time
 
     def chosen_change(self, alpha):
         (before, after), _ = self.flow(alpha)
@@ -233,31 +235,31 @@ class TinyModel:
 
 @pytest.fixture(scope="module")
 def models():
-    """Models whose chosen and rejected response differ clearly, so that no sign is a matter of rounding."""
-    candidates = [TinyModel(seed) for seed in range(60)]
-    differ = lambda model: abs(float(model.logps(model.theta)[0] - model.logps(model.theta)[1])) > 0.2
-    return [model for model in candidates if differ(model) and abs(model.g_cr) > 0.02 * model.g_cc]
+    """Models with a clear difference between the responses: no sign is a matter of rounding, no gradient is 0."""
+    candidates = [TinyModel(seed) for seed in range(120)]
+    return [model for model in candidates if abs(model.chosen - model.rejected) > 0.2
+            and min(model.chosen, model.rejected) > -2.5 and abs(model.g_cr) > 0.02 * model.g_cc]
 
 
 def test_chosen_log_prob_moves_at_the_rate_of_the_corollary(models):
-    for model, alpha in itertools.product(models, [-1.0, 0.0, 0.25, 1.0]):
-        chosen, rejected = (logp.item() for logp in model.logps(model.theta))
-        margin = float(exact_margin(*numbers(chosen, rejected, alpha, 2.5, 0.1)))
-        weight = 2.5 / (1 + math.exp(margin))
-        rate = weight * (math.exp(-alpha * chosen) * model.g_cc - math.exp(-alpha * rejected) * model.g_cr)
+    for model, alpha in itertools.product(models[:20], [-1.0, 0.0, 0.25, 1.0]):
+        margin = float(exact_margin(*numbers(model.chosen, model.rejected, alpha, BETA, 0.1)))
+        weight_chosen, weight_rejected = (math.exp(-alpha * logp) for logp in (model.chosen, model.rejected))
+        rate = BETA / (1 + math.exp(margin)) * (weight_chosen * model.g_cc - weight_rejected * model.g_cr)
         (before, after), time = model.flow(alpha)
-        assert ((after - before)[0] / time).item() == pytest.approx(rate, rel=1e-3, abs=1e-3 * weight * model.g_cc)
+        assert ((after - before)[0] / time).item() == pytest.approx(rate, rel=1e-4)
 
 
 @pytest.mark.parametrize("right_order", [True, False])
 def test_chosen_log_prob_rises_on_one_side_of_alpha_0_and_falls_on_the_other(models, right_order):
     tried = 0
     for model in models:
-        chosen, rejected = (logp.item() for logp in model.logps(model.theta))
-        if model.g_cr <= 0 or (chosen > rejected) != right_order:
+        if model.g_cr <= 0 or (model.chosen > model.rejected) != right_order:
             continue
-        alpha_0 = math.log(model.g_cc / model.g_cr) / (chosen - rejected)
-        for distance in (0.1, 0.5, 1.0):
+        alpha_0 = math.log(model.g_cc / model.g_cr) / (model.chosen - model.rejected)
+        if abs(alpha_0) > 3:
+            continue
+        for distance in (0.05, 0.5):
             assert (model.chosen_change(alpha_0 - distance) > 0) == right_order
             assert (model.chosen_change(alpha_0 + distance) < 0) == right_order
         tried += 1
@@ -267,12 +269,12 @@ def test_chosen_log_prob_rises_on_one_side_of_alpha_0_and_falls_on_the_other(mod
 def test_chosen_log_prob_always_rises_where_the_gradients_are_opposed(models):
     opposed = [model for model in models if model.g_cr <= 0]
     assert len(opposed) >= 5
-    assert all(model.chosen_change(alpha) > 0 for model in opposed for alpha in (-4, -1, 0, 0.25, 1, 4))
+    assert all(model.chosen_change(alpha) > 0 for model in opposed for alpha in (-2, 0, 0.25, 2))
 
 
 def test_reward_margin_never_falls_under_the_flow_but_the_log_prob_margin_can(models):
     logp_margin_fell = set()
-    for model, alpha in itertools.product(models, [-2.0, -0.5, 0.0, 0.25, 1.0]):
+    for model, alpha in itertools.product(models, [-2.0, 0.0, 0.25]):
         (before, after), _ = model.flow(alpha)
         chosen_logp, rejected_logp, chosen_reward, rejected_reward = (after - before).tolist()
         assert chosen_reward > rejected_reward

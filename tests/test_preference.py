@@ -1,0 +1,175 @@
+"""Reading, dropping, order and packing of preference pairs. Run: pytest tests/test_preference.py"""
+import json
+import math
+
+import pytest
+
+from data.preference import PreferencePair, epoch_steps, hold_out, load_pairs, pack, parse_row
+
+
+class LetterChat:
+    """A chat format whose ids can be read: characters; 1 begins, 2 follows every prompt turn, 3 ends a response."""
+
+    def encode_prompt(self, messages):
+        if messages[-1]["role"] != "user":
+            raise ValueError("user last")
+        return [1] + [i for m in messages for i in [*map(ord, m["content"]), 2]]
+
+    def encode_response(self, text):
+        return [*map(ord, text.strip()), 3]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def load(tmp_path, *rows, max_length=100, max_prompt_length=50):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return load_pairs([path], LetterChat(), max_length, max_prompt_length)
+
+
+SHAPES = {
+    "three strings": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    "prompt string, answers in lists": {"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+    "prompt list": {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+    "prompt list, answers as strings": {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
+    "prompt string and in the lists": {"prompt": "q", "chosen": [user("q"), assistant("good")],
+                                       "rejected": [user("q"), assistant("bad")]},
+    "prompt in the lists alone": {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+    "scored responses": {"prompt": "q", "all_generated_responses": ["so", "bad", "good"], "all_rm_scores": [0.1, -2, 0.3]},
+    "SimPO's published sets": {"prompt_id": "x", "prompt": "q", "all_generated_responses": ["bad", "good"],
+                               "all_rm_scores": [0, 1], "chosen": [user("q"), assistant("good")],
+                               "rejected": [user("q"), assistant("bad")]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_a_line_gives_the_same_pair(shape, tmp_path):
+    (pair,), dropped = load(tmp_path, SHAPES[shape])
+    assert pair.prompt == [1, ord("q"), 2]
+    assert pair.chosen == [*b"good", 3] and pair.rejected == [*b"bad", 3]
+    assert pair.source == f"{tmp_path}/pairs.jsonl:1" and not dropped
+
+
+def test_multi_turn_dialogues_keep_every_turn():
+    turns = [{"role": "system", "content": "s"}, user(" first "), assistant("reply"), user("second")]
+    row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")], "prompt": "first"}
+    prompt, chosen, rejected = parse_row(row)
+    assert [t["content"] for t in prompt] == ["s", "first", "reply", "second"]
+    assert (chosen, rejected) == ("good", "bad")
+
+
+def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
+    fine = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    pairs, dropped = load(
+        tmp_path, fine, "", fine | {"rejected": " good\n"}, fine | {"chosen": "  "}, fine | {"rejected": ""},
+        fine | {"prompt": "q" * 49}, fine | {"prompt": "q" * 48},       # 51 and 50 tokens
+        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96},     # 101 and 100 tokens as a sequence
+        {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
+    assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
+    assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
+    assert dropped == {"identical answers": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
+                       "prompt with response over max_length = 100": 1, "all scores equal": 1}
+
+
+BAD_ROWS = {
+    "not valid JSON": '{"prompt": "q", "chosen": ',
+    "expected a JSON object": '["q"]',
+    "no field prompt": {"chosen": "good", "rejected": "bad"},
+    "expected chosen and rejected, or": {"prompt": "q", "chosen": "good"},
+    "turn {'role': 'user', 'content': 3}": {"prompt": [{"role": "user", "content": 3}], "chosen": "a", "rejected": "b"},
+    "turn 'q'": {"prompt": ["q"], "chosen": "a", "rejected": "b"},
+    "prompt is 3": {"prompt": 3, "chosen": "a", "rejected": "b"},
+    "prompt is []": {"prompt": [], "chosen": "a", "rejected": "b"},
+    "chosen is None": {"prompt": "q", "chosen": None, "rejected": "b"},
+    "rejected is 7": {"prompt": "q", "chosen": "a", "rejected": 7},
+    "chosen ends with a turn of 'user'": {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
+    "chosen and rejected differ before": {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},
+    "field prompt differs": {"prompt": "r", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+    "user last": {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
+    "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
+    "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
+    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, math.nan]},
+    "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1], "all_rm_scores": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_malformed_line_is_an_error_that_names_file_and_line(message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, SHAPES["three strings"], BAD_ROWS[message])
+    assert message in str(error.value) and f"{tmp_path}/pairs.jsonl:2: " in str(error.value)
+
+
+def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
+    with pytest.raises(ValueError, match="pairs.jsonl: no pairs left to use .*1 identical answers; 1 an empty answer"):
+        load(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "", "rejected": "a"})
+    with pytest.raises(ValueError, match="the files are empty"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="absent.jsonl: cannot be read"):
+        load_pairs([tmp_path / "absent.jsonl"], LetterChat(), 10, 10)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(ValueError, match="latin.jsonl: cannot be read as UTF-8"):
+        load_pairs([tmp_path / "latin.jsonl"], LetterChat(), 10, 10)
+
+
+def make_pairs(lengths):
+    """Pairs of the given (prompt, chosen, rejected) lengths; all tokens of a job are different."""
+    n, pairs = 0, []
+    for k, (P, C, R) in enumerate(lengths):
+        ids = list(range(n, n + P + C + R))
+        pairs.append(PreferencePair(ids[:P], ids[P:P + C], ids[P + C:], f"f:{k}"))
+        n += P + C + R
+    return pairs
+
+
+def test_packing_keeps_every_token_once_and_respects_the_budget():
+    pairs = make_pairs([(3 + i % 7, 1 + i * 5 % 11, 1 + i * 3 % 13) for i in range(50)])
+    for budget in (max(map(len, pairs)), 64, 200, 10**6):
+        rows = pack(pairs, budget)
+        assert max(len(row.tokens) for row in rows) <= budget
+        assert sorted(p.source for row in rows for p in row.pairs) == sorted(p.source for p in pairs)
+        for row in rows:
+            expected = [t for p in row.pairs for t in p.prompt + p.chosen + p.rejected]
+            assert row.tokens.tolist() == expected
+            assert row.lengths == [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in row.pairs]
+    assert len(pack(pairs, 10**6)) == 1
+
+
+def test_packed_rows_are_of_near_equal_work():
+    pairs = make_pairs([(10 + i * 37 % 90, 1 + i * 53 % 200, 1 + i * 71 % 200) for i in range(64)])
+    loads = [len(row.tokens) for row in pack(pairs, 3000)]
+    assert len(loads) == math.ceil(sum(map(len, pairs)) / 3000)      # as few rows as can hold them
+    in_file_order = [sum(map(len, pairs[i::len(loads)])) for i in range(len(loads))]
+    spread = lambda loads: (max(loads) - min(loads)) / max(loads)
+    assert spread(loads) < 0.05 and spread(in_file_order) > 0.1
+
+
+def test_a_pair_over_the_budget_is_named():
+    with pytest.raises(ValueError, match=r"f:1: the pair has 60 tokens, more than tokens_per_micro_batch = 59"):
+        pack(make_pairs([(1, 2, 3), (10, 20, 30)]), 59)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    steps = epoch_steps(100, 32, seed=3, epoch=1)
+    assert [len(step) for step in steps] == [32, 32, 32, 4]
+    assert sorted(i for step in steps for i in step) == list(range(100))
+    assert steps == epoch_steps(100, 32, seed=3, epoch=1)
+    assert steps != epoch_steps(100, 32, seed=3, epoch=2) and steps != epoch_steps(100, 32, seed=4, epoch=1)
+    flat = lambda steps: [i for step in steps for i in step]
+    assert flat(steps) == flat(epoch_steps(100, 7, seed=3, epoch=1))
+
+
+def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
+    pairs = make_pairs([(1, 1, 1)] * 20)
+    train, held_out = hold_out(pairs, 5, seed=1)
+    assert len(held_out) == 5 and sorted(p.source for p in train + held_out) == sorted(p.source for p in pairs)
+    assert (train, held_out) == hold_out(pairs, 5, seed=1) and held_out != hold_out(pairs, 5, seed=2)[1]
+    assert hold_out(pairs, 0, seed=1) == (pairs, [])
+    with pytest.raises(ValueError, match="cannot hold out 20 of 20"):
+        hold_out(pairs, 20, seed=1)
