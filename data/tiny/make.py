@@ -2,7 +2,7 @@
 
     python data/tiny/make.py            # about 10 minutes on 2 CPU cores; rewrites data/tiny/model and data/tiny/*.jsonl
 
-The model learns from a careless teacher, whose answers are right half of the time; so it knows the task and its mistakes
+The model learns from a teacher with good and bad habits, right 40 % of the time; so it knows the task and its mistakes
 alike, as a chat model after supervised fine-tuning does. Then it answers each prompt 5 times (temperature 0.8, top_p
 0.95, as in the paper), judge.py scores the answers, and best against worst becomes a preference pair. Seeded throughout.
 """
@@ -46,17 +46,16 @@ def make_prompt(rng):
 
 
 def careless_teacher(words, rng):
-    """The sorted words, half of the time with one to three slips: two words swapped, one forgotten, one said twice."""
-    words = sorted(words)
-    for _ in range(rng.choice((0, 0, 0, 1, 2, 3))):
-        i, j = rng.sample(range(len(words)), 2)
-        slip = rng.random()
-        if slip < 0.6:
-            words[i], words[j] = words[j], words[i]
-        elif slip < 0.8 and len(words) > 3:
-            del words[i]
-        else:
-            words.insert(i, words[j])
+    """An answer of a teacher with habits: 40 % sorted, 25 % the words as they came, 20 % sorted with one word forgotten,
+    15 % from Z to A."""
+    habit = rng.random()
+    if habit < 0.4:
+        words = sorted(words)
+    elif habit < 0.6:
+        words = sorted(words)
+        del words[rng.randrange(len(words))]
+    elif habit < 0.75:
+        words = sorted(words, reverse=True)
     return ", ".join(words) + "."
 
 
@@ -111,7 +110,7 @@ def write_lines(name, rows):
             print(json.dumps(row, ensure_ascii=False), file=f)
 
 
-def main(steps=1500, n_pairs=2048, n_held_out=256):
+def main(steps=1200, n_pairs=2048, n_held_out=256):
     torch.manual_seed(0)
     rng, folder = random.Random(0), HERE / "model"
     folder.mkdir(exist_ok=True)

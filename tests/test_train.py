@@ -1,0 +1,348 @@
+"""The objective, its gradients, the configuration and whole small runs. Run: pytest tests/test_train.py"""
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+import train
+from data.preference import load_pairs, pack
+from model import load_model
+from small import random_pairs, sequence_logp, small_model
+from tokenizer import load_chat_format, load_tokenizer
+from train import TrainConfig, learning_rate, main, make_optimizer, parse_config, reference_logps, resolve_config, run_row
+
+ROOT = Path(train.__file__).parent
+TINY = ROOT / "data" / "tiny"
+LENGTHS = [(5, 7, 3), (1, 1, 1), (9, 2, 12), (4, 1, 6), (3, 8, 8), (12, 4, 1)]
+
+
+def config_of(**knobs):
+    return resolve_config(TrainConfig(model="m", data=["d"], output="absent", **knobs))
+
+
+def tiny_config(output, **changes):
+    """The embedded default, cut short and without its judge."""
+    config = parse_config(["--output", str(output)])
+    return dataclasses.replace(config, **{"judge": "", "judge_prompts": "", "max_steps": 3, "pairs_per_step": 8,
+                                          "eval_pairs": 16} | changes)
+
+
+def metrics_of_run(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the objective and its gradient ---------------------------------------------------------------------------------
+
+def reference_loss(model, start, pair, config):
+    """The loss of one pair, from sequences run alone, by formulas written out here. `start` is DPO's frozen model."""
+    chosen, rejected = (sequence_logp(model, pair.prompt, y) for y in (pair.chosen, pair.rejected))
+    if config.method == "dpo":
+        with torch.no_grad():
+            ref_chosen, ref_rejected = (sequence_logp(start, pair.prompt, y).sum() for y in (pair.chosen, pair.rejected))
+        margin = config.beta * (chosen.sum() - ref_chosen - rejected.sum() + ref_rejected)
+    elif config.method == "simpo":
+        margin = config.beta * (chosen.mean() - rejected.mean() - config.gamma_beta_ratio)
+    else:
+        p_chosen, p_rejected = chosen.mean().exp(), rejected.mean().exp()
+        margin = (config.beta / config.alpha * (p_rejected**-config.alpha - p_chosen**-config.alpha)
+                  - config.beta * config.gamma_beta_ratio)
+    return torch.log1p(torch.exp(-margin)) - config.sft_weight * chosen.mean()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("knobs", [
+    {"method": "alphapo"}, {"method": "alphapo", "alpha": -0.5, "sft_weight": 0.3}, {"method": "simpo"},
+    {"method": "dpo", "beta": 0.1}], ids=lambda knobs: "-".join(map(str, knobs.values())))
+def test_losses_and_gradients_of_a_step_do_not_depend_on_packing_or_accumulation(knobs, recompute, tmp_path):
+    config, pairs = config_of(**knobs), random_pairs(LENGTHS)
+    model, start = small_model(tmp_path), small_model(tmp_path, seed=1)
+    if config.method == "dpo":
+        reference_logps(start, pairs, dataclasses.replace(config, tokens_per_micro_batch=40))
+    losses = torch.stack([reference_loss(model, start, pair, config) for pair in pairs])
+    expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    expected_loss = {pair.source: loss.item() for pair, loss in zip(pairs, losses)}
+
+    model.recompute = recompute
+    for budget in (23, 40, 10**4):
+        for order in (pairs, pairs[::-1]):
+            model.zero_grad()
+            for row in pack(order, budget):
+                results = run_row(model, row, config, grad_scale=1 / len(pairs))
+                for pair, loss in zip(row.pairs, results[:, 0].tolist()):
+                    assert loss == pytest.approx(expected_loss[pair.source], rel=1e-10)
+            for p, grad in zip(model.parameters(), expected):
+                assert (p.grad - grad).norm() <= 1e-10 * grad.norm()
+
+
+def test_scoring_without_gradient_gives_the_same_numbers_and_touches_nothing(tmp_path):
+    model, config = small_model(tmp_path), config_of()
+    (row,) = pack(random_pairs(LENGTHS), 10**4)
+    with torch.no_grad():
+        scores = run_row(model, row, config)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(scores, run_row(model, row, config, grad_scale=1.0))
+    for pair, (_, _, _, chosen, rejected) in zip(row.pairs, scores.tolist()):
+        assert chosen == pytest.approx(sequence_logp(model, pair.prompt, pair.chosen).mean().item(), abs=1e-12)
+        assert rejected == pytest.approx(sequence_logp(model, pair.prompt, pair.rejected).mean().item(), abs=1e-12)
+
+
+def test_no_tensor_holds_the_logits_of_more_than_one_pair(tmp_path):
+    vocab_size = 997      # a width that nothing else in the model has
+    model = small_model(tmp_path, vocab_size=vocab_size)
+    (row,) = pack(random_pairs(LENGTHS, vocab_size), 10**4)
+    tallest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal tallest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                # logits are (tokens, V); the head's weight, seen transposed, is (32, V)
+                if isinstance(t, torch.Tensor) and t.ndim == 2 and t.shape[1] == vocab_size and t.shape[0] != 32:
+                    tallest = max(tallest, t.shape[0])
+            return out
+
+    with Watch():
+        run_row(model, row, config_of(), grad_scale=1.0)
+    assert tallest == max(C + R for _, C, R in LENGTHS) == 16
+
+
+def test_alpha_zero_is_simpo_bit_for_bit(tmp_path):
+    model = small_model(tmp_path, dtype=torch.float32)
+    (row,) = pack(random_pairs(LENGTHS), 10**4)
+    grads, results = [], []
+    for config in (config_of(alpha=0.0, beta=2.0), config_of(method="simpo", beta=2.0)):
+        model.zero_grad()
+        results.append(run_row(model, row, config, grad_scale=1.0))
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert torch.equal(*results) and all(map(torch.equal, *grads))
+
+
+def test_dpo_starts_at_log_2_with_no_margin(tmp_path):
+    model, config, pairs = small_model(tmp_path), config_of(method="dpo"), random_pairs(LENGTHS)
+    reference_logps(model, pairs, config)
+    (row,) = pack(pairs, 10**4)
+    scores = run_row(model, row, config, grad_scale=1.0)
+    assert scores[:, 0].tolist() == pytest.approx([math.log(2)] * len(pairs), rel=1e-12)
+    assert scores[:, 1:3].abs().max() < 1e-12
+
+
+# --- schedule and optimiser -----------------------------------------------------------------------------------------
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    config = config_of(learning_rate=8.0, warmup_ratio=0.25)
+    rates = [learning_rate(step, 16, config) for step in range(16)]
+    assert rates[:4] == [2, 4, 6, 8]
+    assert rates[4] == 8 and rates[10] == pytest.approx(4) and 0 < rates[15] < 0.2
+    assert rates[7] == pytest.approx(4 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(0, 1, config) == 8 and learning_rate(0, 3, config_of(warmup_ratio=0.0)) == 7e-7
+
+
+def test_norms_and_biases_are_not_decayed(tmp_path):
+    model = small_model(tmp_path, model_type="qwen2")       # has biases
+    optimizer = make_optimizer(model, config_of(weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+def test_without_arguments_it_is_the_tiny_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config([])
+    assert Path(config.model).resolve() == TINY / "model" and config.output == "runs/alphapo-001"
+    assert (config.alpha, config.beta, config.gamma_beta_ratio) == (0.25, 2.5, 0.1)
+    Path("runs/alphapo-001").mkdir(parents=True)
+    assert parse_config(["--seed", "3"]).output == "runs/alphapo-002"
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('model = "m"\ndata = ["a.jsonl"]\nlearning_rate = 1e-6\nbeta = 10\nrecompute = true\n')
+    config = parse_config([str(recipe), "--beta", "2", "--no-recompute"])
+    assert (config.learning_rate, config.beta, config.recompute, config.epochs) == (1e-6, 2.0, False, 1)
+    assert Path(config.data[0]).resolve() == tmp_path / "a.jsonl"      # paths are relative to the recipe
+    assert parse_config([str(recipe), "--data", "x", "y"]).data == ["x", "y"]
+
+
+@pytest.mark.parametrize("toml, message", [
+    ("learning_rat = 1", "unknown key 'learning_rat'"), ("epochs = 1.5", "epochs = 1.5; expected int"),
+    ("beta = true", "beta = True; expected"), ('data = "a"', "data = 'a'; expected"), ("a = = b", "cannot be read as a TOML"),
+    ("recompute = 1", "recompute = 1; expected bool")])
+def test_a_bad_recipe_is_an_error_that_names_file_and_key(toml, message, tmp_path):
+    (tmp_path / "r.toml").write_text(toml)
+    with pytest.raises(ValueError) as error:
+        parse_config([str(tmp_path / "r.toml"), "--model", "m"])
+    assert message in str(error.value) and "r.toml" in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--method ppo", "method = 'ppo'; expected one of alphapo, simpo, dpo"),
+    ("--method simpo --alpha 0.1", "alpha = 0.1 is given, but simpo has no such knob"),
+    ("--method dpo --gamma_beta_ratio 1", "but dpo has no such knob"), ("--beta 0", "beta = 0.0; expected a positive"),
+    ("--alpha nan", "alpha = nan; expected a finite"), ("--pairs_per_step 0", "pairs_per_step = 0"),
+    ("--warmup_ratio 2", "warmup_ratio = 2.0"), ("--eval_data x --eval_pairs 3", "expected one of them"),
+    ("--save_dtype int8", "save_dtype = 'int8'"), ("--seed -1", "seed = -1"), ("--judge j.py:f", "judge needs"),
+    ("--learning_rate inf", "learning_rate = inf")])
+def test_a_bad_flag_is_an_error_that_names_it(flags, message):
+    with pytest.raises(ValueError) as error:
+        parse_config(["--model", "m", "--data", "d", *flags.split()])
+    assert message in str(error.value)
+
+
+def test_an_unknown_flag_and_missing_data_end_the_program_with_one_line():
+    run = lambda *flags: subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    unknown, absent = run("--learning_rat", "1"), run("--model", str(TINY / "model"))
+    assert unknown.returncode == 2 and "unrecognized arguments: --learning_rat" in unknown.stderr
+    assert absent.returncode == 1 and absent.stderr.startswith("error: model and data are needed")
+    assert "Traceback" not in unknown.stderr + absent.stderr
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        parse_config(["--output", str(tmp_path)])
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of the embedded default, without its judge: (its folder, what main returned)."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    return output, main(tiny_config(output))
+
+
+def test_a_run_logs_every_step_and_evaluates_before_and_after(run):
+    output, evaluations = run
+    lines = metrics_of_run(output)
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [(0, True), (1, False), (2, False), (3, False), (3, True)]
+    assert [lines[0], lines[-1]] == evaluations
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+             "logps/rejected", "logps/margins"}
+    assert names | {"grad_norm", "learning_rate", "tokens_per_second"} <= set(lines[1])
+    displacement = {"displacement/chosen", "displacement/rejected", "displacement/fell"}
+    assert {f"eval_{name}" for name in names | displacement} <= set(lines[0])
+    assert [lines[0][f"eval_{name}"] for name in sorted(displacement)] == [0, 0, 0]
+    moved = lines[-1]["eval_logps/chosen"] - lines[0]["eval_logps/chosen"]
+    assert lines[-1]["eval_displacement/chosen"] == pytest.approx(moved, abs=1e-9) and moved != 0
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+def test_the_first_training_loss_is_that_of_the_starting_model_by_hand(run):
+    output, _ = run
+    config = tiny_config("unused")
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    chat = load_chat_format(config.model, tokenizer)
+    pairs, _ = load_pairs(config.data, chat, config.max_length, config.max_prompt_length)
+    pairs, held_out = train.hold_out(pairs, config.eval_pairs, config.seed)
+    step = train.epoch_steps(len(pairs), config.pairs_per_step, config.seed, 0)[0]
+    with torch.no_grad():
+        by_hand = lambda batch: sum(reference_loss(model, None, pair, config).item() for pair in batch) / len(batch)
+        lines = metrics_of_run(output)
+        assert lines[0]["eval_loss"] == pytest.approx(by_hand(held_out), rel=1e-5)
+        assert lines[1]["loss"] == pytest.approx(by_hand([pairs[i] for i in step]), rel=1e-5)
+
+
+def test_the_saved_folder_is_a_plain_hugging_face_model(run):
+    folder = run[0] / "step-000003"
+    for name in ("config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (TINY / "model" / name).read_bytes()
+    tokens = torch.arange(3, 60)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_model(folder)
+    with torch.no_grad():
+        assert (theirs(tokens[None]).logits[0] - ours(tokens)).abs().max() < 1e-5
+    start = load_model(TINY / "model")
+    assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), start.parameters()))
+
+
+def test_the_saved_config_repeats_the_run_exactly(run, tmp_path):
+    saved = tomllib.loads((run[0] / "config.toml").read_text())
+    assert saved["alpha"] == 0.25 and saved["max_steps"] == 3
+    main(parse_config([str(run[0] / "config.toml"), "--output", str(tmp_path / "again")]))
+    timing = {"tokens_per_second"}
+    strip = lambda lines: [{k: v for k, v in line.items() if k not in timing} for line in lines]
+    assert strip(metrics_of_run(tmp_path / "again")) == strip(metrics_of_run(run[0]))
+
+
+def test_accumulation_and_recomputation_give_the_same_run(run, tmp_path):
+    main(tiny_config(tmp_path / "small", tokens_per_micro_batch=120, recompute=True))
+    for a, b in zip(metrics_of_run(run[0]), metrics_of_run(tmp_path / "small")):
+        assert b.get("micro_batches", 9) > 3 >= a.get("micro_batches", 1)
+        for name in set(a) & {"loss", "grad_norm", "eval_loss", "eval_logps/chosen"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["simpo", "dpo"])
+def test_the_baselines_run_from_the_same_recipe(method, tmp_path):
+    config = parse_config(["--method", method, "--output", str(tmp_path / "out")])
+    config = dataclasses.replace(config, judge="", judge_prompts="", max_steps=2, pairs_per_step=8, eval_pairs=16)
+    first, last = main(config)
+    assert last["eval_loss"] < first["eval_loss"] and (tmp_path / "out" / "step-000002").exists()
+
+
+def test_fp32_weights_can_be_saved_and_the_judge_sees_sampled_answers(tmp_path):
+    (tmp_path / "judge.py").write_text("def length(turns, answer):\n    assert turns[-1]['role'] == 'user'\n"
+                                       "    return len(answer)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n' * 2)
+    first, last = main(tiny_config(tmp_path / "out", max_steps=1, save_dtype="float32", judge_prompts=str(
+        tmp_path / "prompts.jsonl"), judge=f"{tmp_path}/judge.py:length"))
+    assert first["eval_judge_score"] > 3 and last["eval_judge_score"] > 3
+    assert all(w.dtype == torch.float32 for f in (tmp_path / "out/step-000001").glob("*.safetensors")
+               for w in load_file(f).values())
+
+
+def test_a_judge_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "judge.py").write_text("")
+    (tmp_path / "prompts.jsonl").write_text('{"text": "hi"}\n')
+    config = tiny_config(tmp_path / "out", judge_prompts=str(tmp_path / "prompts.jsonl"))
+    for judge, message in (("absent.py:f", "expected a Python file"), (f"{tmp_path}/judge.py:f", "has no function f")):
+        with pytest.raises(ValueError, match=message):
+            main(dataclasses.replace(config, judge=judge))
+    with pytest.raises(ValueError, match="prompts.jsonl:1: no field prompt"):
+        main(dataclasses.replace(config, judge=f"{TINY}/judge.py:score"))
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model/config.json").read_text()) | {"vocab_size": 400}
+    (tmp_path / "model/config.json").write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "model/model.safetensors")
+    cut = {name: w[:400].contiguous() if "embed" in name or "head" in name else w for name, w in weights.items()}
+    save_file(cut, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match="the tokenizer has 480 tokens, the embedding 400 rows"):
+        main(tiny_config(tmp_path / "out", model=str(tmp_path / "model")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_longer_than_the_models_positions_are_refused(tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model/config.json").read_text()) | {"max_position_embeddings": 30}
+    (tmp_path / "model/config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"pairs.jsonl:\d+: longer than the 30 positions"):
+        main(tiny_config(tmp_path / "out", model=str(tmp_path / "model")))
+
+
+def test_several_processes_are_refused_until_sharding_comes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trains in one process"):
+        main(tiny_config(tmp_path / "out"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "pair_loss", lambda config, pair, chosen, rejected: (chosen * math.nan, chosen, rejected))
+    with pytest.raises(ValueError, match=r"step 1: the gradient is not finite .*pairs.jsonl:\d+"):
+        main(tiny_config(tmp_path / "out", eval_pairs=0))
+    assert not list((tmp_path / "out").glob("step-*"))
