@@ -66,12 +66,14 @@ def read_config(folder):
     """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field."""
     path = Path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; expected a Hugging Face model folder (config.json, *.safetensors, "
                          "tokenizer files)") from None
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {raw!r:.60}")
     unread = dict(raw)
 
     def refuse(field, value, expected):
@@ -82,10 +84,12 @@ def read_config(folder):
         value = unread.pop(field, None)
         return default if value is None else value
 
-    def need(field):
-        value = take(field)
+    def need(field, default=None):
+        value = take(field, default)
         if value is None:
             raise ValueError(f"{path}: field {field} is missing")
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{path}: {field} = {value!r}; expected a positive number")
         return value
 
     family = raw.get("model_type")
@@ -105,12 +109,13 @@ def read_config(folder):
     if set(rope) != expected:
         refuse(f"{rope_type} rope with fields", sorted(rope), f"{sorted(expected)}")
 
-    # Without the field transformers takes 4096 for Mistral; v0.2 and later write null, which is no window.
-    window = unread.pop("sliding_window", 4096 if family == "mistral" else None)
-    if family.startswith("qwen") and not take("use_sliding_window", False):
-        window = None
+    window = None
+    if family == "mistral" and unread.get("sliding_window", 4096) is not None:
+        window = need("sliding_window", 4096)      # transformers' value where the field is absent; null is no window
     elif family.startswith("qwen"):
-        refuse("use_sliding_window", True, "false")
+        if take("use_sliding_window", False):
+            refuse("use_sliding_window", True, "false")
+        take("sliding_window")                     # of no effect then
     layer_types = set(take("layer_types", [])) or {"sliding_attention" if window else "full_attention"}
     if layer_types != {"sliding_attention" if window else "full_attention"}:
         refuse("layer_types", sorted(layer_types), "the same attention in every layer")
@@ -118,14 +123,10 @@ def read_config(folder):
     for field, only in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
         if (value := take(field, only)) != only:
             refuse(field, value, repr(only))
-    if family == "qwen3":
-        head_dim = need("head_dim")
-    else:
-        head_dim = take("head_dim", dim // n_heads)
     config = ModelConfig(
         vocab_size=need("vocab_size"), dim=dim, n_layers=need("num_hidden_layers"), n_heads=n_heads,
-        n_kv_heads=take("num_key_value_heads", n_heads) if family == "llama" else need("num_key_value_heads"),
-        head_dim=head_dim, hidden_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=rope_theta,
+        n_kv_heads=need("num_key_value_heads", n_heads if family == "llama" else None),
+        head_dim=need("head_dim", None if family == "qwen3" else dim // n_heads), hidden_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=rope_theta,
         max_positions=need("max_position_embeddings"), rope_scaling=rope or None, window=window,
         tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
@@ -307,32 +308,33 @@ class TargetLogps(torch.autograd.Function):
 
     Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there. Train on a pair at
     a time (train.py does) and they fit: no recomputation, and no logits but one pair's.
-    A log-prob is z[target] - logsumexp(z): torch's fp32 CPU log_softmax is off by 2e-5 a token at a 128k vocabulary.
+    A log-prob is z[target] - logsumexp(z), in fp32: at a 128k vocabulary and the logits of a trained model torch's own
+    fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
     """
 
     @staticmethod
     def forward(ctx, states, weight, targets):
         ctx.rows = max(1, MAX_LOGITS // weight.shape[0])
-        logps, logsumexps, logits = [], [], None
+        logps, kept = [], None
         for s, target in zip(states.split(ctx.rows), targets.split(ctx.rows)):
-            logits = _logits(s, weight)                                        # (rows, V)
-            logsumexps.append(logits.logsumexp(-1))
-            logps.append(logits.gather(-1, target[:, None])[:, 0] - logsumexps[-1])
-        ctx.save_for_backward(states, weight, targets, torch.cat(logsumexps))
-        ctx.logits = logits if len(logps) == 1 and any(ctx.needs_input_grad) else None
+            kept = None                                                        # the last piece goes before the next comes
+            *kept, logp = _softmax(s, weight, target)
+            logps.append(logp)
+        ctx.save_for_backward(states, weight, targets)
+        ctx.kept = kept if len(logps) == 1 and any(ctx.needs_input_grad) else None
         return torch.cat(logps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        states, weight, targets, logsumexp = ctx.saved_tensors
+        states, weight, targets = ctx.saved_tensors
         grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
         for i in range(0, len(states), ctx.rows):
-            rows = slice(i, i + ctx.rows)
-            logits = _logits(states[rows], weight) if ctx.logits is None else ctx.logits
-            ctx.logits = None                                                  # overwritten below
+            rows, exps, grad_logits = slice(i, i + ctx.rows), None, None       # the last piece goes before the next comes
+            exps, total = ctx.kept or _softmax(states[rows], weight, targets[rows])[:2]
+            ctx.kept = None                                                    # overwritten below
             # d logp / d logits = onehot(target) - softmax(logits)
-            grad_logits = logits.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])      # (rows, V)
+            grad_logits = exps.mul_((-grad[rows] / total)[:, None])            # (rows, V)
             grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_states[rows] = grad_logits @ weight
@@ -340,8 +342,14 @@ class TargetLogps(torch.autograd.Function):
         return grad_states, grad_weight, None
 
 
-def _logits(states, weight):
-    return F.linear(states, weight).to(torch.promote_types(states.dtype, torch.float32))
+def _softmax(states, weight, targets):
+    """exp(z - max z) of the logits z (rows, V), its sum over V (rows,), and the log-probs of the targets (rows,); in one
+    piece of memory, in fp32 at least."""
+    z = F.linear(states, weight).to(torch.promote_types(states.dtype, torch.float32))
+    z.sub_(z.amax(-1, keepdim=True))
+    target_z = z.gather(-1, targets[:, None])[:, 0]
+    total = z.exp_().sum(-1)
+    return z, total, target_z - total.log()
 
 
 # --- Hugging Face folders -----------------------------------------------------------------------------------------------
@@ -380,12 +388,16 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         model = Transformer(config).to(dtype)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
-    # Old Llama-2 files carry the rotary frequencies; some tied models carry their embedding twice. Both are derived.
+    # Old Llama-2 files carry the rotary frequencies, which are derived; some tied models carry their embedding twice.
     extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
     extra -= {"lm_head.weight"} if config.tied else set()
     if missing := set(expected) - set(found):
         index = Path(folder) / "model.safetensors.index.json"
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: expected a JSON object with a weight_map; and {len(missing)} weights are missing, "
+                             f"{min(missing)} first") from None
         absent = sorted(f for f in files if not (Path(folder) / f).exists())
         raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first"
                          + (f"; the index names files that are not there: {', '.join(absent)}" if absent else ""))
@@ -400,6 +412,11 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
         dcp.load(model.state_dict(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    if config.tied and "lm_head.weight" in found:
+        with safe_open(Path(folder) / found["lm_head.weight"][2], "pt") as f:
+            if not torch.equal(f.get_tensor("lm_head.weight").to(dtype).to(device), model.head_weight):
+                raise ValueError(f"{folder}: config.json ties the output projection to the embedding, but "
+                                 f"{found['lm_head.weight'][2]} holds another lm_head.weight")
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ValueError(f"{folder}/{found[name][2]}: {name} holds NaN or infinite values")

@@ -1,0 +1,593 @@
+"""Token ids against the official encoders, the chat formats letter by letter, and what load_tokenizer refuses.
+
+    pytest tests/test_tokenizer.py
+"""
+import ast
+import base64
+import json
+import random
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from llama_models.llama3.tokenizer import Tokenizer as Llama3Tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import tokenizer as tokenizer_module
+from oracles import LLAMA3_MODEL, MISTRAL_MODELS, llama3_prompt, mistral_ids, write_smollm2_tokenizer
+from tokenizer import CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
+
+# --- generated dialogues ----------------------------------------------------------------------------------------------
+
+WORDS = ["the", "Hello", "don't", "WE'LL", "naïve", "straße", "привет", "γειά", "שלום", "مرحبا", "नमस्ते", "你好世界",
+         "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678", "3.14", "x_1", "...", "?!", "—", "“q”",
+         "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20", "{'k': [1, 2]}", "\\n", "\u200b"]
+SPACES = [" ", " ", " ", "", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"]
+CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "<|begin_of_text|>",
+                 "<|eot_id|>", "<|start_header_id|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
+                 "<|user|>", "<|assistant|>", "<filename>"]
+ALPHABETS = [(0x21, 0x7E), (0xA1, 0x24F), (0x300, 0x36F), (0x391, 0x52F), (0x5D0, 0x5EA), (0x621, 0x64A),
+             (0x905, 0x939), (0x2010, 0x2027), (0x3041, 0x30FF), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0x1F300, 0x1F64F)]
+
+
+def make_text(rng, words):
+    """A text without surrounding white space, which the formats strip and some oracles do not."""
+    parts = []
+    for _ in range(rng.randint(1, 12)):
+        noise = "".join(chr(rng.randint(*rng.choice(ALPHABETS))) for _ in range(rng.randint(1, 6)))
+        parts += [rng.choice([*words, noise]), rng.choice(SPACES)]
+    return "".join(parts).strip() or make_text(rng, words)
+
+
+def make_dialogues(seed, words, count=200):
+    """Dialogues that end with the response: [system] user assistant (user assistant)*."""
+    rng = random.Random(seed)
+    dialogues = []
+    for _ in range(count):
+        roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * rng.randint(1, 3)
+        dialogues.append([{"role": role, "content": make_text(rng, words)} for role in roles])
+    return dialogues
+
+
+PLAIN = make_dialogues(1, WORDS)
+HOSTILE = make_dialogues(2, WORDS + CONTROL_TEXTS)          # texts that read like control tokens
+TEXTS = [message["content"] for dialogue in PLAIN + HOSTILE for message in dialogue]
+SYSTEM_TWO_TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"},
+                    {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Bye"}]
+ONE_TURN = SYSTEM_TWO_TURNS[1:2]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders as downloaded: a tokenizer.model for Llama-3 and Mistral v1 to v7, a tokenizer.json for SmolLM2."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ["llama3", "smollm2", *MISTRAL_MODELS]}
+    shutil.copy(LLAMA3_MODEL, folders["llama3"])
+    for version, path in MISTRAL_MODELS.items():
+        shutil.copy(path, folders[version] / "tokenizer.model")
+    write_smollm2_tokenizer(folders["smollm2"])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {name: load_tokenizer(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def chats(folders, tokenizers):
+    models = {"llama3": ("llama3", "llama3"), "mistral v1": ("v1", "mistral-v1"), "mistral v2": ("v2", "mistral-v3"),
+              "mistral v3": ("v3", "mistral-v3"), "llama2": ("v1", "llama2"), "zephyr": ("v1", "zephyr"),
+              "chatml": ("smollm2", "chatml")}
+    return {name: load_chat_format(folders[model], tokenizers[model], chat_format)
+            for name, (model, chat_format) in models.items()}
+
+
+CHATS = ["llama3", "mistral v1", "mistral v2", "mistral v3", "llama2", "zephyr", "chatml"]
+
+
+def whole(chat, dialogue):
+    return chat.encode_prompt(dialogue[:-1]) + chat.encode_response(dialogue[-1]["content"])
+
+
+# --- the official encoders --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_mistral_ids_equal_mistral_common(chats, version):
+    chat = chats[f"mistral {version}"]
+    for dialogue in HOSTILE:
+        assert chat.encode_prompt(dialogue[:-1]) == mistral_ids(version, dialogue[:-1])
+        assert whole(chat, dialogue) == mistral_ids(version, dialogue)
+
+
+def test_llama3_ids_equal_llama_models(chats):
+    chat = chats["llama3"]
+    for dialogue in HOSTILE:
+        assert chat.encode_prompt(dialogue[:-1]) == llama3_prompt(dialogue[:-1])
+        header = [128006, 78191, 128007, 271]               # that of the next assistant turn, after the response
+        assert whole(chat, dialogue) + header == llama3_prompt(dialogue)
+
+
+def test_chatml_ids_equal_transformers_chat_template(chats, folders):
+    reference = PreTrainedTokenizerFast.from_pretrained(folders["smollm2"])
+    encode = lambda messages, **options: reference.apply_chat_template(messages, return_dict=False, **options)
+    chat, newline = chats["chatml"], [198]                  # the template ends every turn with a newline
+    for dialogue in PLAIN:
+        assert chat.encode_prompt(dialogue[:-1]) == encode(dialogue[:-1], add_generation_prompt=True)
+        assert whole(chat, dialogue) + newline == encode(dialogue)
+
+
+def test_chatml_ids_of_text_that_reads_like_control_tokens_equal_the_tokenizers_library(chats, folders):
+    # transformers would take such text for control tokens. Without its added tokens, the library reads it as text.
+    spec = json.loads((folders["smollm2"] / "tokenizer.json").read_text(encoding="utf-8"))
+    reference = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    start, end = (next(t["id"] for t in spec["added_tokens"] if t["content"] == f"<|im_{x}|>") for x in ("start", "end"))
+    default = {"role": "system",
+               "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+    for dialogue in HOSTILE:
+        expected = []
+        for message in dialogue if dialogue[0]["role"] == "system" else [default, *dialogue]:
+            expected += [start, *reference.encode(f"{message['role']}\n{message['content']}").ids, end]
+            expected += reference.encode("\n").ids
+        assert whole(chats["chatml"], dialogue) == expected[:-1]
+
+
+def test_llama2_ids_equal_metas_reference_code(chats, tokenizers):
+    # Meta's llama/generation.py: the system text joins the first user turn, each exchange is one text with <s> and </s>.
+    model, chat = tokenizers["v1"].model, chats["llama2"]
+    for dialogue in HOSTILE:
+        turns = [m["content"] for m in dialogue]
+        if dialogue[0]["role"] == "system":
+            system, user, *rest = turns
+            turns = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}", *rest]
+        exchanges = [[1, *model.encode(f"[INST] {user} [/INST] {answer} "), 2]
+                     for user, answer in zip(turns[::2], turns[1::2])]
+        assert whole(chat, dialogue) == sum(exchanges, [])
+        last_user = [1, *model.encode(f"[INST] {turns[-2]} [/INST]")]
+        assert chat.encode_prompt(dialogue[:-1]) == sum(exchanges[:-1], []) + last_user
+
+
+def test_zephyr_ids_equal_its_turns_encoded_whole(chats, tokenizers):
+    model, chat = tokenizers["v1"].model, chats["zephyr"]
+    for dialogue in HOSTILE:
+        turns = [f"<|{m['role']}|>\n{m['content']}" for m in dialogue]
+        turns[1:] = [f"\n{turn}" for turn in turns[1:]]             # after the </s> of the turn before
+        assert whole(chat, dialogue) == sum([[*model.encode(turn), 2] for turn in turns], [])
+        response = chat.encode_response(dialogue[-1]["content"])
+        assert response == [*model.encode(turns[-1]), 2][-len(response):]
+        assert chat.encode_prompt(dialogue[:-1])[-len(model.encode("\n<|assistant|>\n")):] == \
+            model.encode("\n<|assistant|>\n")
+
+
+# --- the formats, letter by letter ------------------------------------------------------------------------------------
+
+def spell(tokenizer, ids):
+    """What ids look like one by one, control tokens by name."""
+    return "".join(tokenizer.piece(i) for i in ids).replace("▁", " ").replace("<0x0A>", "\n")
+
+
+SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+@pytest.mark.parametrize("name, prompt, response", [
+    ("llama3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n", "Hello!<|eot_id|>"),
+    ("mistral v1", "<s> [INST] Hi there [/INST]", " Hello!</s>"),
+    ("mistral v2", "<s>[INST] Hi there[/INST]", " Hello!</s>"),
+    ("mistral v3", "<s>[INST] Hi there[/INST]", " Hello!</s>"),
+    ("llama2", "<s> [INST] Hi there [/INST]", " Hello! </s>"),       # sentencepiece begins every text with a space
+    ("zephyr", " <|user|>\nHi there</s> \n<|assistant|>\n", "Hello!</s>"),
+    ("chatml", SMOLLM2_SYSTEM + "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n", "Hello!<|im_end|>"),
+])
+def test_one_turn_is_spelled(chats, name, prompt, response):
+    chat = chats[name]
+    assert spell(chat.tokenizer, chat.encode_prompt(ONE_TURN)) == prompt
+    assert spell(chat.tokenizer, chat.encode_response("Hello!")) == response
+
+
+@pytest.mark.parametrize("name, prompt", [
+    ("llama3", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("mistral v1", "<s> [INST] Be brief.\n\nHi there [/INST] Hello!</s> [INST] Bye [/INST]"),
+    ("mistral v2", "<s>[INST] Hi there[/INST] Hello!</s>[INST] Be brief.\n\nBye[/INST]"),
+    ("mistral v3", "<s>[INST] Hi there[/INST] Hello!</s>[INST] Be brief.\n\nBye[/INST]"),
+    ("llama2", "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! </s><s> [INST] Bye [/INST]"),
+    ("zephyr", " <|system|>\nBe brief.</s> \n<|user|>\nHi there</s> \n<|assistant|>\nHello!</s> \n<|user|>\nBye</s>"
+               " \n<|assistant|>\n"),
+    ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n"
+               "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"),
+])
+def test_two_turns_with_a_system_text_are_spelled(chats, name, prompt):
+    chat = chats[name]
+    assert spell(chat.tokenizer, chat.encode_prompt(SYSTEM_TWO_TURNS)) == prompt
+
+
+@pytest.mark.parametrize("name, prompt, response", [
+    ("llama3", [128000, 128006, 882, 128007, 271, 13347, 1070, 128009, 128006, 78191, 128007, 271], [9906, 0, 128009]),
+    ("mistral v1", [1, 733, 16289, 28793, 15359, 736, 733, 28748, 16289, 28793], [22557, 28808, 2]),
+    ("mistral v3", [1, 3, 16127, 1504, 4], [23325, 29576, 2]),
+])
+def test_golden_ids(chats, name, prompt, response):
+    assert chats[name].encode_prompt(ONE_TURN) == prompt
+    assert chats[name].encode_response("Hello!") == response
+
+
+@pytest.mark.parametrize("name, bos", [("llama3", 128000), ("mistral v1", 1), ("mistral v2", 1), ("mistral v3", 1)])
+def test_a_dialogue_has_exactly_one_bos_and_it_comes_first(chats, name, bos):
+    for dialogue in HOSTILE:
+        ids = whole(chats[name], dialogue)
+        assert ids.count(bos) == 1 and ids[0] == bos
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_response_is_its_text_and_one_end_token(chats, name):
+    chat = chats[name]
+    control = set(chat.tokenizer.special.values())
+    for text in TEXTS:
+        *content, end = chat.encode_response(text)
+        assert end == chat.end_id and control.isdisjoint(content)
+        assert chat.tokenizer.decode([*content, end]) == (text + " " if name == "llama2" else text)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_text_never_becomes_a_control_token(chats, name):
+    chat = chats[name]
+    names = [*chat.tokenizer.special, *CONTROL_TEXTS]
+    control = set(chat.tokenizer.special.values())
+    controls = lambda messages: [i for i in chat.encode_prompt(messages) if i in control]
+    hostile = [message | {"content": message["content"] + " ".join(names)} for message in SYSTEM_TWO_TURNS]
+    assert controls(hostile) == controls(SYSTEM_TWO_TURNS)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_surrounding_white_space_is_stripped(chats, name):
+    padded = [message | {"content": f"\n\t {message['content']} \u3000\n"} for message in SYSTEM_TWO_TURNS]
+    assert chats[name].encode_prompt(padded) == chats[name].encode_prompt(SYSTEM_TWO_TURNS)
+    assert chats[name].encode_response(" \nHello!\n ") == chats[name].encode_response("Hello!")
+
+
+@pytest.mark.parametrize("messages, complaint", [
+    ([], "roles"), (SYSTEM_TWO_TURNS[:1], "roles"), (SYSTEM_TWO_TURNS[:3], "user last"), (ONE_TURN * 2, "in turn"),
+    (SYSTEM_TWO_TURNS[2:], "roles"), (ONE_TURN + SYSTEM_TWO_TURNS[:2], "roles"), ([{"role": "user"}], "message 1"),
+    ([{"role": "user", "content": None}], "message 1"), (["Hi there"], "message 1"),
+    ([{"role": "tool", "content": "Hi there"}], "roles")])
+def test_a_prompt_of_another_shape_is_refused(chats, messages, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        chats["llama3"].encode_prompt(messages)
+
+
+def test_stop_ids_are_the_formats_end_tokens_and_those_of_the_generation_config(folders, tokenizers, tmp_path):
+    stop_ids = lambda name, folder, tokenizer: load_chat_format(folder, tokenizers[tokenizer], name).stop_ids
+    assert stop_ids("llama3", folders["llama3"], "llama3") == {128001, 128008, 128009}
+    assert stop_ids("mistral-v3", folders["v3"], "v3") == {2}
+    assert stop_ids("chatml", folders["smollm2"], "smollm2") == {2}
+    for eos, expected in [(7, {2, 7}), ([7, 8], {2, 7, 8}), (None, {2})]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert stop_ids("mistral-v1", tmp_path, "v1") == expected
+
+
+# --- which chat format a folder has -----------------------------------------------------------------------------------
+
+TEMPLATES = {
+    "llama3": "{{ bos_token }}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
+    "mistral-v1": "{{ bos_token }}{{ '[INST] ' + message['content'] + ' [/INST]' }}{{ message['content'] + eos_token }}",
+    "mistral-v3": "{{ bos_token }}{{ '[INST] ' + message['content'] + '[/INST]' }}{{ message['content'] + eos_token }}",
+    "llama2": "{{ bos_token + '[INST] <<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] + ' [/INST]' }}",
+    "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}",
+    "chatml": "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"}
+MODEL_OF = {"llama3": "llama3", "mistral-v1": "v1", "mistral-v3": "v3", "llama2": "v1", "zephyr": "v1",
+            "chatml": "smollm2"}
+
+
+def write_settings(folder, chat_template):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
+
+
+def test_every_format_is_tested_here():
+    assert set(TEMPLATES) == set(CHAT_FORMATS)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_format_is_detected_from_the_chat_template_wherever_it_stands(tokenizers, tmp_path, name):
+    tokenizer = tokenizers[MODEL_OF[name]]
+    other = TEMPLATES["zephyr" if name == "chatml" else "chatml"]
+    detected = lambda: type(load_chat_format(tmp_path, tokenizer))
+    write_settings(tmp_path, TEMPLATES[name])
+    assert detected() is CHAT_FORMATS[name]
+    write_settings(tmp_path, [{"name": "tool_use", "template": other}, {"name": "default", "template": TEMPLATES[name]}])
+    assert detected() is CHAT_FORMATS[name]
+    write_settings(tmp_path, other)                                     # chat_template.jinja goes before it
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+    assert detected() is CHAT_FORMATS[name]
+
+
+@pytest.mark.parametrize("model, name", [("llama3", "llama3"), ("v2", "mistral-v3"), ("v3", "mistral-v3"),
+                                         ("smollm2", "chatml")])
+def test_format_is_detected_from_the_control_tokens_without_a_template(tokenizers, tmp_path, model, name):
+    assert type(load_chat_format(tmp_path, tokenizers[model])) is CHAT_FORMATS[name]
+
+
+def test_a_format_asked_for_by_name_goes_before_the_template(tokenizers, tmp_path):
+    write_settings(tmp_path, TEMPLATES["mistral-v1"])
+    for name in ("llama2", "zephyr", "mistral-v1"):
+        assert type(load_chat_format(tmp_path, tokenizers["v1"], name)) is CHAT_FORMATS[name]
+
+
+def test_chatml_without_a_default_system_line_in_its_template_adds_none(tokenizers, tmp_path):
+    write_settings(tmp_path, TEMPLATES["chatml"])
+    chat = load_chat_format(tmp_path, tokenizers["smollm2"])
+    assert spell(chat.tokenizer, chat.encode_prompt(ONE_TURN)) == \
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("model, template", [
+    ("v1", None), ("v7", None), ("v1", "{{ '<start_of_turn>' + role + '\n' + content + '<end_of_turn>\n' }}"),
+    ("llama3", "{{ '<|header_start|>' + role + '<|header_end|>\n\n' + content + '<|eot|>' }}"),
+    ("v7", "{{ '[SYSTEM_PROMPT] ' + content + '[/SYSTEM_PROMPT][INST] ' + content + '[/INST]' }}"),
+    ("v1", "{{ '<|user|>' + content + '<|end|>\n<|assistant|>\n' }}")])
+def test_a_format_that_cannot_be_told_is_an_error_that_names_the_folder_and_the_choices(
+        tokenizers, tmp_path, model, template):
+    write_settings(tmp_path, template)
+    with pytest.raises(ValueError) as error:
+        load_chat_format(tmp_path, tokenizers[model])
+    assert all(word in str(error.value) for word in [str(tmp_path), "--chat_format", *CHAT_FORMATS])
+
+
+def test_an_unknown_format_is_an_error_that_names_the_choices(tokenizers, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_chat_format(tmp_path, tokenizers["v1"], "vicuna")
+    assert all(word in str(error.value) for word in ["'vicuna'", *CHAT_FORMATS])
+
+
+@pytest.mark.parametrize("model, name, token", [("v1", "llama3", "<|eot_id|>"), ("v1", "mistral-v3", "[INST]"),
+                                                ("v3", "chatml", "<|im_start|>"), ("smollm2", "llama3", "<|eot_id|>")])
+def test_a_format_whose_control_tokens_are_absent_is_refused(tokenizers, tmp_path, model, name, token):
+    with pytest.raises(ValueError) as error:
+        load_chat_format(tmp_path, tokenizers[model], name)
+    assert all(word in str(error.value) for word in [str(tmp_path), name, token])
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "llama2", "zephyr"])
+def test_a_format_is_refused_by_a_tokenizer_that_names_no_begin_or_end_token(small_bpe, tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        load_chat_format(tmp_path, load_tokenizer(small_bpe), name)
+
+
+# --- tokenizer files --------------------------------------------------------------------------------------------------
+
+GPT2_STYLE = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3_STYLE = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(Llama3Tokenizer.pat_str), "isolated"),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+SMOLLM2_STYLE = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_STYLE])
+
+
+def train_bpe(folder, pre_tokenizer, normalizer=None):
+    """A tokenizer.json of 1200 tokens, learnt from half of the texts."""
+    reference = Tokenizer(models.BPE())
+    reference.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        reference.normalizer = normalizer
+    reference.train_from_iterator(TEXTS[::2], trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    reference.save(str(folder / "tokenizer.json"))
+    return reference
+
+
+@pytest.fixture
+def small_bpe(tmp_path):
+    train_bpe(tmp_path, GPT2_STYLE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["none", "nfc"])
+@pytest.mark.parametrize("style", [GPT2_STYLE, LLAMA3_STYLE, SMOLLM2_STYLE], ids=["gpt2", "llama3", "smollm2"])
+def test_tokenizer_json_encodes_as_the_tokenizers_library(tmp_path, style, normalizer):
+    reference = train_bpe(tmp_path, style, normalizer)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, BytePairTokenizer)
+    rng = random.Random(3)
+    texts = [make_text(rng, WORDS) for _ in range(500)]
+    assert any(unicodedata.normalize("NFC", text) != text for text in texts)
+    for text in texts:
+        assert tokenizer.encode(text, bos=False, eos=False) == reference.encode(text).ids
+        assert tokenizer.encode(f" \n{text}  ", bos=False, eos=False) == reference.encode(f" \n{text}  ").ids
+
+
+def test_smollm2_tokenizer_json_encodes_as_the_tokenizers_library(tokenizers, folders):
+    # Random texts, then every token of the vocabulary that is text by itself.
+    reference = Tokenizer.from_file(str(folders["smollm2"] / "tokenizer.json"))
+    rng = random.Random(4)
+    texts = [make_text(rng, WORDS) for _ in range(1000)]
+    texts += [text for i in range(17, 49152) if "\ufffd" not in (text := reference.decode([i]))]
+    assert len(texts) > 49_000
+    expected = [encoding.ids for encoding in reference.encode_batch(texts)]
+    assert [tokenizers["smollm2"].encode(text, bos=False, eos=False) for text in texts] == expected
+
+
+@pytest.mark.parametrize("model, kind, vocab_size", [
+    ("llama3", BytePairTokenizer, 128256), ("v1", SentencePieceTokenizer, 32000), ("v3", SentencePieceTokenizer, 32768),
+    ("smollm2", BytePairTokenizer, 49152)])
+def test_a_tokenizer_file_is_known_by_its_content(tokenizers, model, kind, vocab_size):
+    assert type(tokenizers[model]) is kind
+    assert tokenizers[model].vocab_size == vocab_size
+
+
+def test_metas_tokenizer_model_is_found_in_the_folder_original(folders, tokenizers, tmp_path):
+    (tmp_path / "original").mkdir()
+    shutil.copy(folders["llama3"] / "tokenizer.model", tmp_path / "original")
+    assert load_tokenizer(tmp_path).encode("Hi there", bos=True, eos=True) == [128000, 13347, 1070, 128001]
+
+
+def test_tokenizer_model_goes_before_tokenizer_json(small_bpe, folders):
+    assert isinstance(load_tokenizer(small_bpe), BytePairTokenizer)
+    shutil.copy(folders["v1"] / "tokenizer.model", small_bpe)
+    assert isinstance(load_tokenizer(small_bpe), SentencePieceTokenizer)
+
+
+@pytest.mark.parametrize("file, content", [
+    ("added_tokens.json", {"<|im_start|>": 32001, "<|im_end|>": 32000}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"32000": {"content": "<|im_end|>"},
+                                                        "32001": {"content": "<|im_start|>"}}})])
+def test_control_tokens_that_a_fine_tune_added_to_a_sentencepiece_model_are_used(folders, tmp_path, file, content):
+    shutil.copy(folders["v1"] / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 32002
+    response = load_chat_format(tmp_path, tokenizer, "chatml").encode_response("Hello!")
+    assert response[-1] == 32000 and tokenizer.decode(response) == "Hello!"
+
+
+@pytest.mark.parametrize("model, begin, end", [("v1", 1, 2), ("v3", 1, 2), ("llama3", 128000, 128001), ("smollm2", 1, 2)])
+def test_encode_adds_the_begin_and_end_token_only_where_asked(tokenizers, model, begin, end):
+    tokenizer = tokenizers[model]
+    ids = tokenizer.encode("Hi there", bos=False, eos=False)
+    assert begin not in ids and end not in ids
+    assert tokenizer.encode("Hi there", bos=True, eos=False) == [begin, *ids]
+    assert tokenizer.encode("Hi there", bos=False, eos=True) == [*ids, end]
+    assert tokenizer.encode("Hi there", bos=True, eos=True) == [begin, *ids, end]
+
+
+@pytest.mark.parametrize("model", ["v1", "llama3"])
+def test_bos_and_eos_must_be_given_and_by_name(tokenizers, model):
+    encode = tokenizers[model].encode
+    for call in [lambda: encode("a"), lambda: encode("a", True, True), lambda: encode("a", bos=True),
+                 lambda: encode("a", eos=True)]:
+        with pytest.raises(TypeError):
+            call()
+
+
+def test_a_begin_or_end_token_that_the_files_do_not_name_is_refused(small_bpe):
+    tokenizer = load_tokenizer(small_bpe)
+    for asked in ({"bos": True, "eos": False}, {"bos": False, "eos": True}):
+        with pytest.raises(ValueError, match="begin or end token"):
+            tokenizer.encode("Hi there", **asked)
+
+
+@pytest.mark.parametrize("text", ["\x04", "a\x1db", "\U00040000"])
+def test_text_with_a_byte_that_the_vocabulary_lacks_is_refused(tokenizers, folders, text):
+    reference = Tokenizer.from_file(str(folders["smollm2"] / "tokenizer.json"))
+    assert reference.decode(reference.encode(text).ids) != text             # the library drops it without a word
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        tokenizers["smollm2"].encode(text, bos=False, eos=False)
+
+
+# --- files that are refused -------------------------------------------------------------------------------------------
+
+def refuse(folder, *words):
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(folder)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def change_json(folder, change):
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    change(spec)
+    path.write_text(json.dumps(spec), encoding="utf-8")
+
+
+@pytest.mark.parametrize("changes", [
+    {"pre_tokenizer": None, "normalizer": {"type": "Prepend", "prepend": "▁"}},
+    {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}])
+def test_a_sentencepiece_style_tokenizer_json_is_refused_with_the_name_of_the_file_to_fetch(small_bpe, changes):
+    change_json(small_bpe, lambda spec: spec.update(changes))
+    refuse(small_bpe, "tokenizer.json", "fetch tokenizer.model")
+
+
+@pytest.mark.parametrize("change", [{"byte_fallback": True}, {"type": "Unigram"}, {"type": "WordPiece"}])
+def test_another_kind_of_model_is_refused(small_bpe, change):
+    change_json(small_bpe, lambda spec: spec["model"].update(change))
+    refuse(small_bpe, "tokenizer.json", "fetch tokenizer.model")
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("steps", [
+    [BYTE_LEVEL | {"use_regex": False}], [BYTE_LEVEL | {"add_prefix_space": True}],
+    [{"type": "Whitespace"}, BYTE_LEVEL], [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL],
+    [SPLIT, BYTE_LEVEL], [SPLIT | {"behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}],
+    [SPLIT | {"invert": True}, BYTE_LEVEL | {"use_regex": False}],
+    [SPLIT | {"pattern": {"String": " "}}, BYTE_LEVEL | {"use_regex": False}], [SPLIT, SPLIT, BYTE_LEVEL]])
+def test_another_pre_tokenizer_is_refused(small_bpe, steps):
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
+    change_json(small_bpe, lambda spec: spec.update(pre_tokenizer=pre_tokenizer))
+    refuse(small_bpe, "tokenizer.json", "pre_tokenizer")
+
+
+@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": []}])
+def test_another_normalizer_is_refused(small_bpe, normalizer):
+    change_json(small_bpe, lambda spec: spec.update(normalizer=normalizer))
+    refuse(small_bpe, "tokenizer.json", normalizer["type"])
+
+
+def test_merges_out_of_the_order_of_the_vocabulary_are_refused(small_bpe):
+    change_json(small_bpe, lambda spec: spec["model"]["merges"].reverse())
+    refuse(small_bpe, "tokenizer.json", "merges")
+
+
+def test_a_token_that_no_merge_makes_is_refused(small_bpe):
+    # tiktoken would use it, the tokenizers library never does.
+    change_json(small_bpe, lambda spec: spec["model"]["vocab"].update({"zqxj": 1200}))
+    assert 1200 not in Tokenizer.from_file(str(small_bpe / "tokenizer.json")).encode("zqxj").ids
+    refuse(small_bpe, "tokenizer.json")
+
+
+def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
+    refuse(tmp_path, str(tmp_path), "tokenizer.model", "tokenizer.json")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model": {"type": "BPE"', b"\xff\xfe\x00", b"[]", b"null", b"{}",
+                                     b'{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}'])
+def test_a_corrupt_tokenizer_json_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    refuse(tmp_path, "tokenizer.json")
+
+
+@pytest.mark.parametrize("settings", [b'{"bos_token"', b"\xff", b"[]"])
+def test_a_corrupt_tokenizer_config_is_refused(small_bpe, settings):
+    (small_bpe / "tokenizer_config.json").write_bytes(settings)
+    refuse(small_bpe, "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01\x02" * 100, b"<html>404</html>",
+                                     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n"])
+def test_a_corrupt_tokenizer_model_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    refuse(tmp_path, "tokenizer.model")
+
+
+def test_a_sentencepiece_model_cut_short_is_refused(folders, tmp_path):
+    content = (folders["v1"] / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content[:len(content) // 2])
+    refuse(tmp_path, "tokenizer.model")
+
+
+@pytest.mark.parametrize("last_line", [b"@@@@ 256\n", b"YWI=\n", b"YWI= x\n", b"YWI= 25\n", b"YWI= 1000\n", b"YWI= -1\n"],
+                         ids=["base64", "no rank", "rank", "rank used twice", "gap", "negative"])
+def test_tiktoken_ranks_with_a_bad_line_are_refused(tmp_path, last_line):
+    lines = [base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    assert load_tokenizer(tmp_path).encode("ab", bos=False, eos=False) == [97, 98]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join([*lines, last_line]))
+    refuse(tmp_path, "tokenizer.model")
+
+
+def test_tokenizer_py_can_be_copied_alone_and_needs_sentencepiece_and_tiktoken_alone(tmp_path):
+    copy = shutil.copy(tokenizer_module.__file__, tmp_path)
+    subprocess.run([sys.executable, "-I", copy], cwd=tmp_path, check=True)      # -I: sys.path holds no folder of ours
+    nodes = list(ast.walk(ast.parse(Path(copy).read_text(encoding="utf-8"))))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"sentencepiece", "tiktoken"}
