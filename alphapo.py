@@ -28,12 +28,14 @@ def average_logps(token_logps, lengths):
 def alphapo_reward(logps, *, alpha, beta):
     """The shaped reward, beta * (1 - exp(-alpha * logps)) / alpha; its limit beta * logps at alpha = 0.  (B,) -> (B,)
 
-    expm1 keeps every digit as alpha -> 0, where 1 - p**-alpha in float32 has lost 5 % at alpha = 1e-6.
+    expm1 keeps every digit as alpha -> 0, where 1 - p**-alpha in float32 has lost 5 % at alpha = 1e-6. For x < -1 it is
+    exp that keeps them: autograd takes the derivative of expm1(x) as expm1(x) + 1, which cancels there.
     """
     logps = logps.double()
     if alpha == 0:
         return beta * logps
-    return -beta * torch.expm1(-alpha * logps) / alpha
+    x = -alpha * logps
+    return -beta * torch.where(x < -1, x.exp() - 1, x.expm1()) / alpha
 
 
 def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio):
@@ -58,7 +60,7 @@ def simpo_loss(chosen_logps, rejected_logps, *, beta, gamma_beta_ratio):
 
 
 def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps, *, beta):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigmoid(r(chosen) - r(rejected)), r = beta * (logp - ref_logp).
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigmoid(r(chosen) - r(rejected)), r = beta * (logp - ref).
 
     Unlike the rest of this file it takes SUMMED log-probs of whole responses, (B,) each; `*_ref_logps` are those of
     the frozen starting model. Returns (losses, chosen_rewards, rejected_rewards) as alphapo_loss does.

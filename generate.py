@@ -24,7 +24,8 @@ class KVCache:
 
     def __init__(self, config, B, S, dtype, device):
         self.window = config.window
-        self.k, self.v = torch.zeros(2, config.n_layers, B, S, config.n_kv_heads, config.head_dim, dtype=dtype, device=device)
+        shape = config.n_layers, B, S, config.n_kv_heads, config.head_dim
+        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
 
     def attend_prompts(self, lengths):
         """Attention of a row of prompts of the given lengths; fills the cache."""
@@ -95,8 +96,8 @@ def generate(model, prompts, *, seeds, max_new_tokens, stop_ids, temperature=0.8
 
 
 def answer(model, tokenizer, chat, prompts, *, samples=1, batch_size=32, seed=0, **settings):
-    """`samples` answers to each prompt (a string or a list of turns), as a list of lists of texts. settings are those of
-    `generate`. The n-th answer of the job depends on seed and n, not on the batch it falls in."""
+    """`samples` answers to each prompt (a string or a list of turns), as a list of lists of texts. settings are those
+    of `generate`. The n-th answer of the job depends on seed and n, not on the batch it falls in."""
     ids = [chat.encode_prompt(as_messages(p)) for p in prompts for _ in range(samples)]
     texts = []
     for i in range(0, len(ids), batch_size):

@@ -64,15 +64,18 @@ class BytePairTokenizer:
     """Byte-level BPE: Llama-3's tokenizer.model, or the tokenizer.json of Llama-3, SmolLM2 and Qwen. Merged by tiktoken.
 
     ranks: {bytes: id}, merged lowest id first. Bytes that a vocabulary lacks get ids past its end and are refused.
+    special: {name: id} of control tokens, which text never turns into; words: the like that a model may write and that
+    decode shows, such as Qwen's <think>.
     """
 
-    def __init__(self, ranks, pattern, special, bos=None, eos=None, normal_form=None):
-        self.special, self.normal_form = dict(special), normal_form
+    def __init__(self, ranks, pattern, special, bos=None, eos=None, normal_form=None, words=()):
+        self.special, self.normal_form, words = dict(special), normal_form, dict(words)
         self.bos_id, self.eos_id = self.special.get(bos), self.special.get(eos)
-        self.vocab_size = 1 + max(*ranks.values(), *self.special.values())
+        self.vocab_size = 1 + max(*ranks.values(), *self.special.values(), *words.values())
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         ranks = ranks | {b: self.vocab_size + i for i, b in enumerate(absent)}
-        self.model = tiktoken.Encoding("model", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        # tiktoken's special tokens are ours that show in text: encode_ordinary never makes them, decode shows them.
+        self.model = tiktoken.Encoding("model", pat_str=pattern, mergeable_ranks=ranks, special_tokens=words)
 
     def encode(self, text, *, bos, eos):
         """Ids of a text. bos and eos add the begin and end token; they have no default so that none is added twice."""
@@ -125,9 +128,12 @@ def load_tokenizer(folder):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {content!r:.60}")
+    return content
 
 
 def _read_tiktoken(path):
@@ -142,16 +148,21 @@ def _read_tiktoken(path):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"{path}:{number}: expected a base64 token and its rank, found {line[:40]!r}") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: ranks are not 0, 1, 2, ... once each; the file is cut short or damaged")
     return ranks
 
 
 def _read_tokenizer_json(path, bos, eos):
     spec = _read_json(path)
-    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
+    model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     if model.get("type") != "BPE" or model.get("byte_fallback") or steps[-1].get("type") != "ByteLevel":
         raise ValueError(f"{path}: not byte-level BPE (model {model.get('type')}, pre-tokenizer {steps[-1].get('type')}); "
                          "this is a sentencepiece vocabulary: fetch tokenizer.model of the same model into the folder")
+
+    if not {"vocab", "merges"} <= model.keys():
+        raise ValueError(f"{path}: its model has no vocab or no merges")
 
     pattern = None
     if len(steps) == 1 and steps[0].get("use_regex", True):
@@ -167,16 +178,21 @@ def _read_tokenizer_json(path, bos, eos):
     if normalizer not in (None, "NFC"):
         raise ValueError(f"{path}: normalizer {normalizer!r} is not supported; expected none or NFC")
 
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    added = spec.get("added_tokens") or []
+    special = {t["content"]: t["id"] for t in added if t.get("special")}
+    words = {t["content"]: t["id"] for t in added if not t.get("special")}
     byte_of = _byte_alphabet()
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in model["vocab"].items()
+             if token not in special | words}
     # tiktoken merges the pair whose result has the lowest id; the file says merge the pair listed first. The same thing
-    # when results are listed in the order of their ids, as every trained vocabulary does.
+    # when results are listed in the order of their ids (a result may be listed once for each way to make it).
     merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     results = [model["vocab"][a + b] for a, b in merges]
-    if any(a >= b for a, b in zip(results, results[1:])):
-        raise ValueError(f"{path}: merges are not in the order of the vocabulary; this vocabulary cannot be read exactly")
-    return BytePairTokenizer(ranks, pattern, special, bos, eos, normalizer)
+    reachable = set(results) | {i for token, i in ranks.items() if len(token) == 1}
+    if any(a > b for a, b in zip(results, results[1:])) or not reachable.issuperset(ranks.values()):
+        raise ValueError(f"{path}: merges are not in the order of the vocabulary, or tokens that no merge makes are in it; "
+                         "this vocabulary cannot be read exactly")
+    return BytePairTokenizer(ranks, pattern, special, bos, eos, normalizer, words)
 
 
 def _byte_alphabet():
@@ -224,6 +240,7 @@ class ChatFormat:
         return self.encode(text.strip()) + [self.end_id]
 
     def encode(self, text):
+        text.encode()      # half a surrogate pair, which JSON can hold, is a ValueError here and not U+FFFD in training
         return self.tokenizer.encode(text, bos=False, eos=False)
 
     def encode_after_newline(self, text):
@@ -359,9 +376,11 @@ def load_chat_format(folder, tokenizer, name=None):
         raise ValueError(f"chat format {name!r} is not known; expected one of {', '.join(CHAT_FORMATS)}")
     try:
         chat = CHAT_FORMATS[name](tokenizer, template)
-        chat.layout("system", ["user", "assistant", "user"])
+        ids = chat.layout("system", ["user", "assistant", "user"]) + chat.encode_response("assistant")
     except KeyError as e:
         raise ValueError(f"{folder}: chat format {name} needs the control token {e}, which this tokenizer lacks") from None
+    if None in ids:
+        raise ValueError(f"{folder}: chat format {name} needs a begin and an end token, and this tokenizer's files name none")
     ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
     chat.stop_ids |= set(ends if isinstance(ends, list) else [ends])
     return chat

@@ -63,7 +63,8 @@ def write_smollm2_tokenizer(folder):
     tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])     # 3: a control token
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[bos], "eos_token": tokens[eos],
-                "clean_up_tokenization_spaces": False, "chat_template": read("chat_template")}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos}), encoding="utf-8")
+    write = lambda name, value: (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    write("generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+    write("tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[bos], "eos_token": tokens[eos],
+        "clean_up_tokenization_spaces": False, "chat_template": read("chat_template")})

@@ -13,10 +13,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from llama_models.llama3.tokenizer import Tokenizer as Llama3Tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import tokenizer as tokenizer_module
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, llama3_prompt, mistral_ids, write_smollm2_tokenizer
@@ -25,12 +25,13 @@ from tokenizer import CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, l
 # --- generated dialogues ----------------------------------------------------------------------------------------------
 
 WORDS = ["the", "Hello", "don't", "WE'LL", "naïve", "straße", "привет", "γειά", "שלום", "مرحبا", "नमस्ते", "你好世界",
-         "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678", "3.14", "x_1", "...", "?!", "—", "“q”",
-         "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20", "{'k': [1, 2]}", "\\n", "\u200b"]
+         "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678", "3.14", "x_1", "...", "?!", "—",
+         "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20",
+         "{'k': [1, 2]}", "\\n", "\u200b"]
 SPACES = [" ", " ", " ", "", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"]
-CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "<|begin_of_text|>",
-                 "<|eot_id|>", "<|start_header_id|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
-                 "<|user|>", "<|assistant|>", "<filename>"]
+CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]",
+                 "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_of_text|>", "<|im_start|>",
+                 "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<filename>"]
 ALPHABETS = [(0x21, 0x7E), (0xA1, 0x24F), (0x300, 0x36F), (0x391, 0x52F), (0x5D0, 0x5EA), (0x621, 0x64A),
              (0x905, 0x939), (0x2010, 0x2027), (0x3041, 0x30FF), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0x1F300, 0x1F64F)]
 
@@ -82,11 +83,11 @@ def tokenizers(folders):
 
 @pytest.fixture(scope="module")
 def chats(folders, tokenizers):
-    models = {"llama3": ("llama3", "llama3"), "mistral v1": ("v1", "mistral-v1"), "mistral v2": ("v2", "mistral-v3"),
-              "mistral v3": ("v3", "mistral-v3"), "llama2": ("v1", "llama2"), "zephyr": ("v1", "zephyr"),
-              "chatml": ("smollm2", "chatml")}
+    kinds = {"llama3": ("llama3", "llama3"), "mistral v1": ("v1", "mistral-v1"), "mistral v2": ("v2", "mistral-v3"),
+             "mistral v3": ("v3", "mistral-v3"), "llama2": ("v1", "llama2"), "zephyr": ("v1", "zephyr"),
+             "chatml": ("smollm2", "chatml")}
     return {name: load_chat_format(folders[model], tokenizers[model], chat_format)
-            for name, (model, chat_format) in models.items()}
+            for name, (model, chat_format) in kinds.items()}
 
 
 CHATS = ["llama3", "mistral v1", "mistral v2", "mistral v3", "llama2", "zephyr", "chatml"]
@@ -127,9 +128,8 @@ def test_chatml_ids_of_text_that_reads_like_control_tokens_equal_the_tokenizers_
     # transformers would take such text for control tokens. Without its added tokens, the library reads it as text.
     spec = json.loads((folders["smollm2"] / "tokenizer.json").read_text(encoding="utf-8"))
     reference = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
-    start, end = (next(t["id"] for t in spec["added_tokens"] if t["content"] == f"<|im_{x}|>") for x in ("start", "end"))
-    default = {"role": "system",
-               "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
+    start, end = (spec["model"]["vocab"][token] for token in ("<|im_start|>", "<|im_end|>"))
+    default = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
     for dialogue in HOSTILE:
         expected = []
         for message in dialogue if dialogue[0]["role"] == "system" else [default, *dialogue]:
@@ -139,7 +139,7 @@ def test_chatml_ids_of_text_that_reads_like_control_tokens_equal_the_tokenizers_
 
 
 def test_llama2_ids_equal_metas_reference_code(chats, tokenizers):
-    # Meta's llama/generation.py: the system text joins the first user turn, each exchange is one text with <s> and </s>.
+    # Meta's llama/generation.py: the system text joins the first user turn, an exchange is one text with <s> and </s>.
     model, chat = tokenizers["v1"].model, chats["llama2"]
     for dialogue in HOSTILE:
         turns = [m["content"] for m in dialogue]
@@ -279,8 +279,8 @@ def test_stop_ids_are_the_formats_end_tokens_and_those_of_the_generation_config(
 
 TEMPLATES = {
     "llama3": "{{ bos_token }}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
-    "mistral-v1": "{{ bos_token }}{{ '[INST] ' + message['content'] + ' [/INST]' }}{{ message['content'] + eos_token }}",
-    "mistral-v3": "{{ bos_token }}{{ '[INST] ' + message['content'] + '[/INST]' }}{{ message['content'] + eos_token }}",
+    "mistral-v1": "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{{ message['content'] + eos_token }}",
+    "mistral-v3": "{{ bos_token + '[INST] ' + message['content'] + '[/INST]' }}{{ message['content'] + eos_token }}",
     "llama2": "{{ bos_token + '[INST] <<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] + ' [/INST]' }}",
     "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}",
     "chatml": "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"}
@@ -303,7 +303,8 @@ def test_format_is_detected_from_the_chat_template_wherever_it_stands(tokenizers
     detected = lambda: type(load_chat_format(tmp_path, tokenizer))
     write_settings(tmp_path, TEMPLATES[name])
     assert detected() is CHAT_FORMATS[name]
-    write_settings(tmp_path, [{"name": "tool_use", "template": other}, {"name": "default", "template": TEMPLATES[name]}])
+    templates = {"tool_use": other, "default": TEMPLATES[name]}
+    write_settings(tmp_path, [{"name": name, "template": template} for name, template in templates.items()])
     assert detected() is CHAT_FORMATS[name]
     write_settings(tmp_path, other)                                     # chat_template.jinja goes before it
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
@@ -403,6 +404,23 @@ def test_tokenizer_json_encodes_as_the_tokenizers_library(tmp_path, style, norma
         assert tokenizer.encode(f" \n{text}  ", bos=False, eos=False) == reference.encode(f" \n{text}  ").ids
 
 
+def test_llama3_tokenizer_json_encodes_as_metas_tokenizer(tmp_path, monkeypatch):
+    # What most fine-tunes of Llama-3 carry. The converter lists every way to put a token together, 280,147 merges.
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    reference = Llama3Tokenizer(LLAMA3_MODEL)
+    converter = TikTokenConverter(vocab_file=str(LLAMA3_MODEL), pattern=reference.pat_str,
+                                  extra_special_tokens=list(reference.special_tokens))
+    converter.converted().save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (128000, 128009, 128256)
+    for text in TEXTS:
+        assert tokenizer.encode(text, bos=False, eos=False) == reference.encode(text, bos=False, eos=False)
+    chat = load_chat_format(tmp_path, tokenizer)
+    assert whole(chat, HOSTILE[0]) == llama3_prompt(HOSTILE[0])[:-4]
+
+
 def test_smollm2_tokenizer_json_encodes_as_the_tokenizers_library(tokenizers, folders):
     # Random texts, then every token of the vocabulary that is text by itself.
     reference = Tokenizer.from_file(str(folders["smollm2"] / "tokenizer.json"))
@@ -445,9 +463,11 @@ def test_control_tokens_that_a_fine_tune_added_to_a_sentencepiece_model_are_used
     assert tokenizer.vocab_size == 32002
     response = load_chat_format(tmp_path, tokenizer, "chatml").encode_response("Hello!")
     assert response[-1] == 32000 and tokenizer.decode(response) == "Hello!"
+    assert tokenizer.piece(32000) == "<|im_end|>"
 
 
-@pytest.mark.parametrize("model, begin, end", [("v1", 1, 2), ("v3", 1, 2), ("llama3", 128000, 128001), ("smollm2", 1, 2)])
+@pytest.mark.parametrize("model, begin, end", [("v1", 1, 2), ("v3", 1, 2), ("llama3", 128000, 128001),
+                                               ("smollm2", 1, 2)])
 def test_encode_adds_the_begin_and_end_token_only_where_asked(tokenizers, model, begin, end):
     tokenizer = tokenizers[model]
     ids = tokenizer.encode("Hi there", bos=False, eos=False)
@@ -526,7 +546,8 @@ def test_another_pre_tokenizer_is_refused(small_bpe, steps):
     refuse(small_bpe, "tokenizer.json", "pre_tokenizer")
 
 
-@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Sequence", "normalizers": []}])
+@pytest.mark.parametrize("normalizer", [{"type": "NFKC"}, {"type": "Lowercase"},
+                                        {"type": "Sequence", "normalizers": []}])
 def test_another_normalizer_is_refused(small_bpe, normalizer):
     change_json(small_bpe, lambda spec: spec.update(normalizer=normalizer))
     refuse(small_bpe, "tokenizer.json", normalizer["type"])
@@ -542,6 +563,24 @@ def test_a_token_that_no_merge_makes_is_refused(small_bpe):
     change_json(small_bpe, lambda spec: spec["model"]["vocab"].update({"zqxj": 1200}))
     assert 1200 not in Tokenizer.from_file(str(small_bpe / "tokenizer.json")).encode("zqxj").ids
     refuse(small_bpe, "tokenizer.json")
+
+
+def test_a_word_that_a_model_may_write_is_shown_and_control_tokens_are_not(small_bpe):
+    def add(spec):
+        free = 1 + max(*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"]), 0)
+        spec["added_tokens"] += [{"id": free, "content": "<think>", "special": False},
+                                 {"id": free + 1, "content": "<end>", "special": True}]
+    change_json(small_bpe, add)
+    tokenizer = load_tokenizer(small_bpe)
+    hi, end = tokenizer.encode("hi", bos=False, eos=False), tokenizer.special["<end>"]
+    assert tokenizer.decode([end - 1, *hi, end]) == "<think>hi" and tokenizer.piece(end) == "<end>"
+    assert end - 1 not in tokenizer.encode("<think>", bos=False, eos=False) and tokenizer.vocab_size == end + 1
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral v1", "smollm2"])
+def test_half_a_surrogate_pair_is_refused(chats, name):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        chats[name].encode_response("half: \ud83d")
 
 
 def test_a_folder_without_tokenizer_files_is_refused(tmp_path):
@@ -574,13 +613,13 @@ def test_a_sentencepiece_model_cut_short_is_refused(folders, tmp_path):
     refuse(tmp_path, "tokenizer.model")
 
 
-@pytest.mark.parametrize("last_line", [b"@@@@ 256\n", b"YWI=\n", b"YWI= x\n", b"YWI= 25\n", b"YWI= 1000\n", b"YWI= -1\n"],
+@pytest.mark.parametrize("last_line", ["@@@@ 256", "YWI=", "YWI= x", "YWI= 25", "YWI= 1000", "YWI= -1"],
                          ids=["base64", "no rank", "rank", "rank used twice", "gap", "negative"])
 def test_tiktoken_ranks_with_a_bad_line_are_refused(tmp_path, last_line):
-    lines = [base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256)]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
     assert load_tokenizer(tmp_path).encode("ab", bos=False, eos=False) == [97, 98]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join([*lines, last_line]))
+    (tmp_path / "tokenizer.model").write_text("".join([*lines, last_line]))
     refuse(tmp_path, "tokenizer.model")
 
 
