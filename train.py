@@ -1,10 +1,10 @@
-"""Align a Llama or Mistral model on preference pairs with AlphaPO (or SimPO, or DPO): pairs in, a Hugging Face folder out.
+"""Align a Llama or Mistral model on preference pairs with AlphaPO (or SimPO, or DPO): a Hugging Face folder in and out.
 
-    python train.py                                                        # the embedded default: tiny model, 2 CPU cores
+    python train.py                                                        # the embedded default: tiny model, 2 cores
     torchrun train.py --model Llama-3.2-1B-Instruct --data pairs.jsonl --alpha 0.25 --beta 2.5 --gamma_beta_ratio 0.1
     torchrun train.py configs/RECIPE.toml --model DIR --data pairs.jsonl   # a recipe gives other defaults
 
-Weights, gradients and optimiser state are fp32. A run folder holds config.toml, metrics.jsonl and step-NNNNNN/, the model.
+Weights, gradients and optimiser state are fp32. A run folder holds config.toml, metrics.jsonl and the model, step-NNNNNN/.
 """
 import argparse
 import dataclasses
@@ -69,7 +69,7 @@ class TrainConfig:
     # Looking and saving.
     eval_every: int = 0                       # steps between evaluations; 0: before and after training only
     judge: str = ""                           # FILE.py:FUNCTION, called with (prompt turns, answer), returns a number
-    judge_prompts: str = ""                   # JSON Lines file of held-out prompts; one sampled answer to each is judged
+    judge_prompts: str = ""                   # JSON Lines of held-out prompts; one sampled answer to each is judged
     max_new_tokens: int = 512                 # of a judged answer (temperature 0.8, top_p 0.95)
     save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files
 
@@ -83,8 +83,8 @@ PATHS = ("model", "data", "eval_data", "output", "judge", "judge_prompts")
 
 
 def parse_config(argv):
-    """TrainConfig from the command line: [recipe.toml] --field value ... Flags win over the recipe. Without a recipe and
-    a model it is configs/tiny.toml."""
+    """TrainConfig from the command line: [recipe.toml] --field value ... Flags win over the recipe. Without a recipe
+    and a model it is configs/tiny.toml."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("recipe", nargs="?", default=None, help="TOML file of defaults")
@@ -132,9 +132,10 @@ def resolve_config(config):
         if getattr(config, knob) is None:
             config = dataclasses.replace(config, **{knob: default})
         elif default is None:
-            raise ValueError(f"{knob} = {getattr(config, knob)} is given, but {config.method} has no such knob; leave it out")
-    for name in ("beta", "learning_rate", "max_grad_norm", "pairs_per_step", "epochs", "max_length", "max_prompt_length",
-                 "tokens_per_micro_batch", "max_new_tokens"):
+            raise ValueError(f"{knob} = {getattr(config, knob)} is given, but {config.method} has no such knob; "
+                             "leave it out")
+    for name in ("beta", "learning_rate", "max_grad_norm", "pairs_per_step", "epochs", "max_length",
+                 "max_prompt_length", "tokens_per_micro_batch", "max_new_tokens"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} = {getattr(config, name)}; expected a positive number")
     for name in ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay"):
@@ -175,7 +176,7 @@ def write_config(config, path):
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 def pair_loss(config, pair, chosen, rejected):
-    """The loss of one pair from its average log-probs, (1,) each. -> (losses, chosen_rewards, rejected_rewards), (1,)"""
+    """The loss of one pair from its average log-probs. (1,), (1,) -> (losses, chosen_rewards, rejected_rewards)"""
     if config.method == "alphapo":
         losses, *rewards = alphapo_loss(chosen, rejected, alpha=config.alpha, beta=config.beta,
                                         gamma_beta_ratio=config.gamma_beta_ratio)
@@ -244,7 +245,7 @@ def metrics_of(results, start=None):
     metrics = {"loss": losses.mean(), **pair_metrics(chosen_rewards, rejected_rewards, chosen, rejected)}
     if start is not None:
         metrics |= displacement_metrics(chosen, rejected, *start.T[3:])
-    return {name: value.item() for name, value in metrics.items()}    # waits for the GPU, once a step
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))    # waits for the GPU, once a step
 
 
 class Judge:
@@ -280,11 +281,11 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     quantiles = lambda lengths: " / ".join(str(sorted(lengths)[int(q * (len(lengths) - 1))]) for q in (0, 0.5, 0.9, 1))
     knobs = ", ".join(f"{k} {getattr(config, k):g}" for k in METHODS[config.method])
     n_rows = len(pack(pairs[:config.pairs_per_step], config.tokens_per_micro_batch))
-    c = model.config
+    c, head = model.config, model.head_weight
     print(f"method   {config.method}: {knobs}" + (f", sft_weight {config.sft_weight:g}" if config.sft_weight else ""))
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
-          f"{str(model.head_weight.dtype)[6:]} on {model.head_weight.device}, {c.n_layers} layers of {c.dim}, vocabulary "
-          f"{c.vocab_size}, window {c.window or 'none'}")
+          f"{str(head.dtype)[6:]} on {head.device}, {c.n_layers} layers of {c.dim}, vocabulary {c.vocab_size}, window "
+          f"{c.window or 'none'}")
     print(f"tokens   {type(tokenizer).__name__} of {tokenizer.vocab_size}, chat format {type(chat).__name__} "
           f"({'--chat_format' if config.chat_format else 'read from the files'}), generation ends at "
           f"{' '.join(tokenizer.piece(i) for i in sorted(chat.stop_ids))}")
@@ -292,8 +293,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
           + "".join(f"\n         - {n} dropped: {reason}" for reason, n in dropped.most_common()))
     print(f"lengths  tokens, least / median / 90 % / most: prompt {quantiles([len(p.prompt) for p in pairs])}; chosen "
           f"{quantiles([len(p.chosen) for p in pairs])}; rejected {quantiles([len(p.rejected) for p in pairs])}")
-    print(f"batch    {config.pairs_per_step} pairs a step, {statistics.mean(map(len, pairs)):.0f} tokens each on average, in "
-          f"rows of at most {config.tokens_per_micro_batch} (the first step: {n_rows}); {config.epochs} epochs of "
+    print(f"batch    {config.pairs_per_step} pairs a step of {statistics.mean(map(len, pairs)):.0f} tokens on average, in "
+          f"rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step); {config.epochs} epochs of "
           f"{math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
     shortest = min(pairs, key=len)
     show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids)
@@ -356,28 +357,29 @@ def main(config):
 
     def evaluate(step):
         nonlocal start, first_answers
-        metrics = {}
+        m = {}
         if eval_rows:
             with torch.no_grad():
                 results = torch.cat([run_row(model, row, config) for row in eval_rows])
             start = results if start is None else start
-            metrics = metrics_of(results, start)
-            print(f"eval at step {step}: loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.3f}, reward "
-                  f"margin {metrics['rewards/margins']:.4f}, log-probs {metrics['logps/chosen']:.4f} and "
-                  f"{metrics['logps/rejected']:.4f}; since step 0 chosen {metrics['displacement/chosen']:+.4f}, rejected "
-                  f"{metrics['displacement/rejected']:+.4f}, chosen fell in {metrics['displacement/fell']:.0%} of pairs")
+            m = metrics_of(results, start)
+            print(f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  margin "
+                  f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f};  moved "
+                  f"since step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}; "
+                  f"chosen fell in {m['displacement/fell']:.0%} of {len(results)} pairs")
         if judge:
             answers, scores = judge(model)
-            metrics["judge_score"] = statistics.mean(scores)
-            metrics["judge_stderr"] = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-            print(f"judge at step {step}: {metrics['judge_score']:.1f} +- {metrics['judge_stderr']:.1f}, mean of "
-                  f"{len(scores)} sampled answers to held-out prompts")
+            m["judge_score"] = statistics.mean(scores)
+            m["judge_stderr"] = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+            print(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} sampled "
+                  "answers to held-out prompts")
             first_answers = first_answers or (answers, scores)
             if step == len(steps):
-                for prompt, *rows in list(zip(judge.prompts, *first_answers, answers, scores))[:4]:
-                    print(f"    {prompt}\n      before: {rows[0]}   ({rows[1]:.0f})\n      after:  {rows[2]}   ({rows[3]:.0f})")
-        if metrics:
-            evaluations.append({"step": step} | {f"eval_{name}": value for name, value in metrics.items()})
+                for prompt, was, was_score, now, now_score in list(zip(judge.prompts, *first_answers, answers, scores))[:4]:
+                    print(f"         {prompt}\n           before: {was}   ({was_score:.0f})\n"
+                          f"           after:  {now}   ({now_score:.0f})")
+        if m:
+            evaluations.append({"step": step} | {f"eval_{name}": value for name, value in m.items()})
             log(evaluations[-1])
 
     evaluate(0)
@@ -390,20 +392,21 @@ def main(config):
         if not math.isfinite(grad_norm):
             raise ValueError(f"step {i + 1}: the gradient is not finite (norm {grad_norm}); nothing was saved. Pairs: "
                              + ", ".join(pairs[j].source for j in step[:8]))
+        lr = learning_rate(i, len(steps), config)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, len(steps), config)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = metrics_of(results)
-        n_tokens, now = sum(len(row.tokens) for row in rows), time.time()
-        log({"step": i + 1} | metrics | {"grad_norm": grad_norm, "learning_rate": group["lr"], "pairs": len(step), "tokens": n_tokens,
-                              "micro_batches": len(rows), "tokens_per_second": n_tokens / (now - began)})
+        now, n_tokens = time.time(), sum(len(row.tokens) for row in rows)
         left = (now - started) / (i + 1) * (len(steps) - i - 1)
-        print(f"step {i + 1}/{len(steps)}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  margin "
-              f"{metrics['rewards/margins']:.4f}  chosen {metrics['logps/chosen']:.4f}  rejected "
-              f"{metrics['logps/rejected']:.4f}  grad {grad_norm:.3f}  lr {group['lr']:.2e}  {n_tokens / (now - began):.0f} "
-              f"tokens/s  {left / 60:.1f} min left", flush=True)
+        m = {"step": i + 1} | metrics_of(results) | {
+            "grad_norm": grad_norm, "learning_rate": lr, "pairs": len(step), "tokens": n_tokens,
+            "micro_batches": len(rows), "tokens_per_second": n_tokens / (now - began)}
+        log(m)
+        print(f"step {i + 1}/{len(steps)}  loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.2f}  margin "
+              f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
+              f"{grad_norm:.3f}  lr {lr:.2e}  {m['tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left", flush=True)
         if config.eval_every and (i + 1) % config.eval_every == 0 and i + 1 < len(steps):
             evaluate(i + 1)
     evaluate(len(steps))

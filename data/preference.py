@@ -72,7 +72,7 @@ def as_messages(prompt):
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"prompt is {prompt!r:.80}; expected a string or a non-empty list of turns")
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise ValueError(f"turn {turn!r:.80}; expected an object with a string role and a string content")
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
 
@@ -104,7 +104,7 @@ def parse_row(row):
         if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
             raise ValueError("all_rm_scores; expected a list of finite numbers")
         if len(answers) != len(scores) or len(answers) < 2:
-            raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of both, two or more")
+            raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of both, 2 or more")
         if max(scores) == min(scores):
             raise Dropped("all scores equal")
         return as_messages(row["prompt"]), answers[scores.index(max(scores))], answers[scores.index(min(scores))]

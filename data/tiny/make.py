@@ -1,6 +1,6 @@
 """Makes the embedded default from nothing: a small Llama that sorts words half-well, its tokenizer, and on-policy pairs.
 
-    python data/tiny/make.py            # about 10 minutes on 2 CPU cores; rewrites data/tiny/model and data/tiny/*.jsonl
+    python data/tiny/make.py            # about 15 minutes on one CPU core; rewrites data/tiny/model and data/tiny/*.jsonl
 
 The model learns from a teacher with good and bad habits, right 40 % of the time; so it knows the task and its mistakes
 alike, as a chat model after supervised fine-tuning does. Then it answers each prompt 5 times (temperature 0.8, top_p
@@ -26,22 +26,19 @@ from tokenizer import load_chat_format, load_tokenizer
 from safetensors.torch import save_file
 
 WORDS = """
-    acorn almond anchor apple arrow badger bamboo banana basket beacon bell berry birch blanket bottle branch bread bridge
-    bucket button cabin camel candle canoe carrot castle cedar cherry clover cloud comet copper coral cotton cradle crane
-    daisy desert donkey dragon drum eagle earth elbow ember engine falcon feather fern fiddle field flame flute forest
-    fossil garden garlic ginger glacier goat granite grape hammer harbor harvest hazel hedge heron honey horse island ivory
-    ivy jacket jasmine jewel jungle kettle kitten ladder lantern lemon lily lizard lobster magnet maple marble meadow melon
-    mirror moon moss mountain needle nest oak oasis ocean olive onion orchid otter owl oyster paddle panda parrot peach
-    pebble pepper pigeon pine plum pond pumpkin quail quartz quill rabbit raven ribbon river robin rocket saddle salmon
-    shadow shell silver spider sparrow stone storm sugar sunset table thistle thunder tiger timber torch trumpet tulip
-    turnip turtle umbrella valley velvet violin walnut walrus whale wheat willow window winter zebra
+    acorn anchor apple arrow badger bamboo banana berry birch blanket branch bread cabin camel candle canoe carrot
+    cedar cloud clover comet copper cradle daisy desert donkey dragon earth ember falcon feather fiddle field flame
+    forest fossil garden garlic glacier granite grape hammer harbor harvest hazel hedge honey island ivory jacket
+    jewel kettle lantern lemon lily magnet maple mirror moon moss mountain nest oasis ocean olive onion parrot peach
+    pepper pine plum pond pumpkin quail raven ribbon robin rocket saddle salmon shadow shell spider stone storm sunset
+    table tiger torch trumpet tulip turtle umbrella valley velvet violin walnut willow winter zebra
 """.split()
 ASKS = ["Sort these words:", "Please put these words into alphabetical order:", "Alphabetical order, please:",
         "Which order do these go in, from A to Z:", "Sort from A to Z:", "I need this list sorted:"]
 
 
 def make_prompt(rng):
-    words = rng.sample(WORDS, rng.randint(4, 7))
+    words = rng.sample(WORDS, rng.randint(4, 6))
     return f"{rng.choice(ASKS)} {', '.join(words)}", words
 
 
@@ -65,14 +62,14 @@ def make_tokenizer(folder, rng):
         prompt, words = make_prompt(rng)
         text += [prompt, careless_teacher(words, rng)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=480, model_type="unigram",
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="unigram",
         byte_fallback=True, control_symbols=["[INST]", "[/INST]"], split_digits=True, num_threads=1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
     (folder / "tokenizer.vocab").unlink()
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     write("config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 480,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 420,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
         "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"})
     write("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
@@ -110,7 +107,7 @@ def write_lines(name, rows):
             print(json.dumps(row, ensure_ascii=False), file=f)
 
 
-def main(steps=1200, n_pairs=2048, n_held_out=256):
+def main(steps=2000, n_pairs=2048, n_held_out=256):
     torch.manual_seed(0)
     rng, folder = random.Random(0), HERE / "model"
     folder.mkdir(exist_ok=True)
