@@ -287,9 +287,10 @@ class Transformer(nn.Module):
         return F.linear(self.states(tokens, positions, attend), self.head_weight)
 
     def response_states(self, tokens, pairs):
-        """The states that predict the response tokens of a packed row. (T,), [(P, C, R), ...] -> (R, dim), targets (R,).
+        """The states that predict the response tokens of a packed row, and those tokens: (R, dim) and (R,) from (T,).
 
-        The row holds [prompt | chosen | rejected] pair after pair, the prompt once; lengths are at least 1.
+        The row holds [prompt | chosen | rejected] pair after pair, the prompt once; `pairs` lists their lengths
+        (P, C, R), each at least 1.
         """
         positions, predictors, targets = pair_layout(pairs, tokens.device)
         attend = lambda layer, q, k, v: pair_attention(q, k, v, pairs, self.config.window)
@@ -318,7 +319,7 @@ class TargetLogps(torch.autograd.Function):
         ctx.rows = max(1, MAX_LOGITS // weight.shape[0])
         logps, kept = [], None
         for s, target in zip(states.split(ctx.rows), targets.split(ctx.rows)):
-            kept = None                                                        # the last piece goes before the next comes
+            kept = None                                                        # free a piece before making the next
             *kept, logp = _softmax(s, weight, target)
             logps.append(logp)
         ctx.save_for_backward(states, weight, targets)
@@ -331,7 +332,7 @@ class TargetLogps(torch.autograd.Function):
         states, weight, targets = ctx.saved_tensors
         grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
         for i in range(0, len(states), ctx.rows):
-            rows, exps, grad_logits = slice(i, i + ctx.rows), None, None       # the last piece goes before the next comes
+            rows, exps, grad_logits = slice(i, i + ctx.rows), None, None       # free a piece before making the next
             exps, total = ctx.kept or _softmax(states[rows], weight, targets[rows])[:2]
             ctx.kept = None                                                    # overwritten below
             # d logp / d logits = onehot(target) - softmax(logits)
@@ -344,8 +345,8 @@ class TargetLogps(torch.autograd.Function):
 
 
 def _softmax(states, weight, targets):
-    """exp(z - max z) of the logits z (rows, V), its sum over V (rows,), and the log-probs of the targets (rows,); in one
-    piece of memory, in fp32 at least."""
+    """exp(z - max z) of the logits z (rows, V), its sum over V (rows,) and the targets' log-probs (rows,), in fp32 at
+    least and in one piece of memory."""
     z = F.linear(states, weight).to(torch.promote_types(states.dtype, torch.float32))
     z.sub_(z.amax(-1, keepdim=True))
     target_z = z.gather(-1, targets[:, None])[:, 0]
@@ -359,7 +360,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def checkpoint_tensors(folder):
-    """{name: (shape, dtype, file name)} of all *.safetensors in a folder, from their headers. ValueError names the file."""
+    """{name: (shape, dtype, file name)} of all *.safetensors of a folder, from their headers. Errors name the file."""
     folder, found = Path(folder), {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -397,8 +398,8 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         try:
             files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: expected a JSON object with a weight_map; and {len(missing)} weights are missing, "
-                             f"{min(missing)} first") from None
+            raise ValueError(f"{index}: expected a JSON object with a weight_map; and {len(missing)} weights are "
+                             f"missing, {min(missing)} first") from None
         absent = sorted(f for f in files if not (Path(folder) / f).exists())
         raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first"
                          + (f"; the index names files that are not there: {', '.join(absent)}" if absent else ""))
@@ -407,7 +408,8 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
                          f"(in {found[min(extra)][2]}) first; move files of another format or model away")
     for name, shape in expected.items():
         if found[name][0] != shape:
-            raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; config.json asks for {shape}")
+            raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; config.json asks for "
+                             f"{shape}")
 
     model.to_empty(device=device)
     with warnings.catch_warnings():

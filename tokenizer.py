@@ -5,9 +5,9 @@
     prompt = chat.encode_prompt([{"role": "user", "content": "Hi there"}])     # ends where the response starts
     response = chat.encode_response("Hello!")                                  # ends with its one end token
 
-Two layers: a tokenizer turns text into ids and knows no chat; a chat format lays out turns and appends control tokens as
-ids. Text is never searched for control tokens, so an `<|eot_id|>` typed by a user stays eight ordinary tokens, and
-prompt and response are encoded apart, so the border between them is exact. Needs sentencepiece and tiktoken.
+Two layers: a tokenizer turns text into ids and knows no chat; a chat format lays out turns and appends control tokens
+as ids. Text is never searched for control tokens, so an `<|eot_id|>` typed by a user stays ordinary text; prompt and
+response are encoded apart, so the border between them is exact. Needs sentencepiece and tiktoken.
 """
 import base64
 import json
@@ -25,9 +25,9 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 # Llama-3's tokenizer.model holds the byte pairs only; its 256 control tokens follow them in this order.
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>",
-                  "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                  "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+                  "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 3 + 256 - len(LLAMA3_SPECIAL))]
 
 
@@ -61,7 +61,7 @@ class SentencePieceTokenizer:
 
 
 class BytePairTokenizer:
-    """Byte-level BPE: Llama-3's tokenizer.model, or the tokenizer.json of Llama-3, SmolLM2 and Qwen. Merged by tiktoken.
+    """Byte-level BPE: Llama-3's tokenizer.model, or the tokenizer.json of Llama-3, SmolLM2, Qwen. Merged by tiktoken.
 
     ranks: {bytes: id}, merged lowest id first. Bytes that a vocabulary lacks get ids past its end and are refused.
     special: {name: id} of control tokens, which text never turns into; words: the like that a model may write and that
@@ -123,7 +123,7 @@ def load_tokenizer(folder):
     if json_file.exists():
         name = lambda token: token["content"] if isinstance(token, dict) else token
         return _read_tokenizer_json(json_file, name(settings.get("bos_token")), name(settings.get("eos_token")))
-    raise ValueError(f"{folder}: no tokenizer.model and no tokenizer.json; fetch the one that the model was released with")
+    raise ValueError(f"{folder}: no tokenizer.model and no tokenizer.json; fetch the one that the model came with")
 
 
 def _read_json(path):
@@ -158,20 +158,21 @@ def _read_tokenizer_json(path, bos, eos):
     model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     if model.get("type") != "BPE" or model.get("byte_fallback") or steps[-1].get("type") != "ByteLevel":
-        raise ValueError(f"{path}: not byte-level BPE (model {model.get('type')}, pre-tokenizer {steps[-1].get('type')}); "
-                         "this is a sentencepiece vocabulary: fetch tokenizer.model of the same model into the folder")
+        raise ValueError(f"{path}: not byte-level BPE (model {model.get('type')}, pre-tokenizer "
+                         f"{steps[-1].get('type')}); this is a sentencepiece vocabulary: fetch tokenizer.model of the "
+                         "same model into the folder")
 
     if not {"vocab", "merges"} <= model.keys():
         raise ValueError(f"{path}: its model has no vocab or no merges")
 
-    pattern = None
-    if len(steps) == 1 and steps[0].get("use_regex", True):
+    pattern, first, own_pattern = None, steps[0], steps[-1].get("use_regex", True)
+    if len(steps) == 1 and own_pattern:
         pattern = GPT2_PATTERN
-    elif len(steps) == 2 and steps[0] == {"type": "Digits", "individual_digits": True} and steps[1].get("use_regex", True):
+    elif len(steps) == 2 and first == {"type": "Digits", "individual_digits": True} and own_pattern:
         pattern = DIGITS_PATTERN
-    elif (len(steps) == 2 and steps[0]["type"] == "Split" and "Regex" in steps[0]["pattern"]
-          and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] and not steps[1].get("use_regex", True)):
-        pattern = steps[0]["pattern"]["Regex"]
+    elif (len(steps) == 2 and first["type"] == "Split" and "Regex" in first["pattern"]
+          and first["behavior"] == "Isolated" and not first["invert"] and not own_pattern):
+        pattern = first["pattern"]["Regex"]
     if pattern is None or steps[-1].get("add_prefix_space"):
         raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre)[:200]} is not supported")
     normalizer = (spec.get("normalizer") or {}).get("type")
@@ -190,8 +191,8 @@ def _read_tokenizer_json(path, bos, eos):
     results = [model["vocab"][a + b] for a, b in merges]
     reachable = set(results) | {i for token, i in ranks.items() if len(token) == 1}
     if any(a > b for a, b in zip(results, results[1:])) or not reachable.issuperset(ranks.values()):
-        raise ValueError(f"{path}: merges are not in the order of the vocabulary, or tokens that no merge makes are in it; "
-                         "this vocabulary cannot be read exactly")
+        raise ValueError(f"{path}: merges are not in the order of the vocabulary, or it has tokens that no merge "
+                         "makes; this vocabulary cannot be read exactly")
     return BytePairTokenizer(ranks, pattern, special, bos, eos, normalizer, words)
 
 
@@ -205,8 +206,9 @@ def _byte_alphabet():
 # --- chat formats -----------------------------------------------------------------------------------------------------
 
 class ChatFormat:
-    """How a family of models lays out a dialogue. Messages are {"role": "system" | "user" | "assistant", "content": str}.
+    """How a family of models lays out a dialogue.
 
+    Messages are {"role": "system" | "user" | "assistant", "content": str}.
     end_id closes a response; stop_ids are all tokens at which generation ends. Content is stripped of surrounding white
     space.
     """
@@ -274,7 +276,8 @@ class Llama3(ChatFormat):
 
 
 class MistralV1(ChatFormat):
-    """Mistral-7B-Instruct v0.1 and v0.2: `[INST] ... [/INST]` as ordinary text, the system text in the first user turn."""
+    """Mistral-7B-Instruct v0.1 and v0.2: `[INST] ... [/INST]` as ordinary text, the system text in the first user
+    turn."""
 
     def layout(self, system, contents):
         if system:
@@ -300,14 +303,18 @@ class MistralV3(ChatFormat):
 
 
 class Llama2(ChatFormat):
-    """Llama-2-chat: every exchange is `<s>[INST] ... [/INST] ... </s>`, the system text between <<SYS>> marks in the first."""
+    """Llama-2-chat: every exchange is `<s>[INST] ... [/INST] ... </s>`, the system text between <<SYS>> marks in the
+    first."""
 
     def layout(self, system, contents):
         if system:
             contents = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{contents[0]}", *contents[1:]]
         ids = []
         for i, content in enumerate(contents):
-            ids += self.encode_response(content) if i % 2 else [self.tokenizer.bos_id, *self.encode(f"[INST] {content} [/INST]")]
+            if i % 2:
+                ids += self.encode_response(content)
+            else:
+                ids += [self.tokenizer.bos_id, *self.encode(f"[INST] {content} [/INST]")]
         return ids
 
     def encode_response(self, text):
@@ -363,8 +370,8 @@ CHAT_FORMATS = {"llama3": Llama3, "mistral-v1": MistralV1, "mistral-v3": Mistral
 
 
 def load_chat_format(folder, tokenizer, name=None):
-    """The chat format of a model folder: by `name` (a key of CHAT_FORMATS), or by the marks in its chat template, or, if
-    it has none, by its control tokens. Adds the end tokens of generation_config.json to stop_ids."""
+    """The chat format of a model folder: by `name` (a key of CHAT_FORMATS), or by the marks in its chat template, or,
+    without one, by its control tokens. Adds the end tokens of generation_config.json to stop_ids."""
     folder = Path(folder)
     template = _read_json(folder / "tokenizer_config.json").get("chat_template") or ""
     if (folder / "chat_template.jinja").exists():
@@ -378,9 +385,9 @@ def load_chat_format(folder, tokenizer, name=None):
         chat = CHAT_FORMATS[name](tokenizer, template)
         ids = chat.layout("system", ["user", "assistant", "user"]) + chat.encode_response("assistant")
     except KeyError as e:
-        raise ValueError(f"{folder}: chat format {name} needs the control token {e}, which this tokenizer lacks") from None
+        raise ValueError(f"{folder}: chat format {name} needs the control token {e}; this tokenizer lacks it") from None
     if None in ids:
-        raise ValueError(f"{folder}: chat format {name} needs a begin and an end token, and this tokenizer's files name none")
+        raise ValueError(f"{folder}: chat format {name} needs a begin and an end token; the files name none")
     ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
     chat.stop_ids |= set(ends if isinstance(ends, list) else [ends])
     return chat
@@ -399,5 +406,5 @@ def _detect(folder, template, special):
             return "mistral-v3" if "[INST]" in special else "mistral-v1"
         if "<|user|>" in marks and "eos_token" in marks:
             return "zephyr"
-    raise ValueError(f"{folder}: cannot tell the chat format from {'its chat template' if template else 'its control tokens'}"
-                     f"; name it with --chat_format, one of {', '.join(CHAT_FORMATS)}")
+    raise ValueError(f"{folder}: cannot tell the chat format from its "
+                     f"{'chat template' if template else 'control tokens'}; name it with --chat_format, one of {', '.join(CHAT_FORMATS)}")

@@ -4,7 +4,7 @@
     torchrun train.py --model Llama-3.2-1B-Instruct --data pairs.jsonl --alpha 0.25 --beta 2.5 --gamma_beta_ratio 0.1
     torchrun train.py configs/RECIPE.toml --model DIR --data pairs.jsonl   # a recipe gives other defaults
 
-Weights, gradients and optimiser state are fp32. A run folder holds config.toml, metrics.jsonl and the model, step-NNNNNN/.
+Weights, gradients and optimiser state are fp32. A run writes config.toml, metrics.jsonl and step-NNNNNN/, a model.
 """
 import argparse
 import dataclasses
@@ -293,8 +293,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
           + "".join(f"\n         - {n} dropped: {reason}" for reason, n in dropped.most_common()))
     print(f"lengths  tokens, least / median / 90 % / most: prompt {quantiles([len(p.prompt) for p in pairs])}; chosen "
           f"{quantiles([len(p.chosen) for p in pairs])}; rejected {quantiles([len(p.rejected) for p in pairs])}")
-    print(f"batch    {config.pairs_per_step} pairs a step of {statistics.mean(map(len, pairs)):.0f} tokens on average, in "
-          f"rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step); {config.epochs} epochs of "
+    print(f"batch    {config.pairs_per_step} pairs a step of {statistics.mean(map(len, pairs)):.0f} tokens on average, "
+          f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step); {config.epochs} epochs of "
           f"{math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
     shortest = min(pairs, key=len)
     show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids)
@@ -364,18 +364,21 @@ def main(config):
             start = results if start is None else start
             m = metrics_of(results, start)
             print(f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  margin "
-                  f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f};  moved "
-                  f"since step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}; "
-                  f"chosen fell in {m['displacement/fell']:.0%} of {len(results)} pairs")
+                  f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}; "
+                  f"since step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}, chosen "
+                  f"fell in {m['displacement/fell']:.0%} of {len(results)} pairs")
         if judge:
             answers, scores = judge(model)
             m["judge_score"] = statistics.mean(scores)
             m["judge_stderr"] = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-            print(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} sampled "
-                  "answers to held-out prompts")
+            print(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} "
+                  "sampled answers to held-out prompts")
             first_answers = first_answers or (answers, scores)
             if step == len(steps):
-                for prompt, was, was_score, now, now_score in list(zip(judge.prompts, *first_answers, answers, scores))[:4]:
+                changed = [c for c in zip(judge.prompts, *first_answers, answers, scores) if c[1] != c[3]]
+                print(f"         {sum(c[4] > c[2] for c in changed)} answers score higher than at step 0, "
+                      f"{sum(c[4] < c[2] for c in changed)} lower; the first four that changed:")
+                for prompt, was, was_score, now, now_score in changed[:4]:
                     print(f"         {prompt}\n           before: {was}   ({was_score:.0f})\n"
                           f"           after:  {now}   ({now_score:.0f})")
         if m:
@@ -406,7 +409,8 @@ def main(config):
         log(m)
         print(f"step {i + 1}/{len(steps)}  loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.2f}  margin "
               f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
-              f"{grad_norm:.3f}  lr {lr:.2e}  {m['tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left", flush=True)
+              f"{grad_norm:.3f}  lr {lr:.2e}  {m['tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left",
+              flush=True)
         if config.eval_every and (i + 1) % config.eval_every == 0 and i + 1 < len(steps):
             evaluate(i + 1)
     evaluate(len(steps))

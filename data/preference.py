@@ -109,7 +109,8 @@ def parse_row(row):
             raise Dropped("all scores equal")
         return as_messages(row["prompt"]), answers[scores.index(max(scores))], answers[scores.index(min(scores))]
 
-    raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or all_generated_responses and all_rm_scores")
+    raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or all_generated_responses and "
+                     "all_rm_scores")
 
 
 def _split_answer(value, field):
@@ -141,7 +142,7 @@ def encode_pair(row, source, chat, max_length, max_prompt_length):
 
 
 def load_pairs(files, chat, max_length, max_prompt_length):
-    """(pairs, dropped) of JSON Lines files; dropped counts the pairs left out, by reason. ValueError names file:line."""
+    """(pairs, dropped) of JSON Lines files; dropped counts what was left out, by reason. ValueError names file:line."""
     pairs, dropped = [], Counter()
     for file in files:
         for source, row in read_jsonl(file):

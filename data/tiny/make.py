@@ -1,10 +1,10 @@
-"""Makes the embedded default from nothing: a small Llama that sorts words half-well, its tokenizer, and on-policy pairs.
+"""Makes the embedded default from nothing: a small Llama that sorts words half-well, its tokenizer, on-policy pairs.
 
-    python data/tiny/make.py            # about 15 minutes on one CPU core; rewrites data/tiny/model and data/tiny/*.jsonl
+    python data/tiny/make.py            # about 15 minutes on one CPU core; rewrites data/tiny/model and *.jsonl there
 
 The model learns from a teacher with good and bad habits, right 40 % of the time; so it knows the task and its mistakes
 alike, as a chat model after supervised fine-tuning does. Then it answers each prompt 5 times (temperature 0.8, top_p
-0.95, as in the paper), judge.py scores the answers, and best against worst becomes a preference pair. Seeded throughout.
+0.95, as in the paper) and judge.py scores the answers: best against worst is a preference pair. Seeded throughout.
 """
 import json
 import random
@@ -43,8 +43,8 @@ def make_prompt(rng):
 
 
 def careless_teacher(words, rng):
-    """An answer of a teacher with habits: 40 % sorted, 25 % the words as they came, 20 % sorted with one word forgotten,
-    15 % from Z to A."""
+    """An answer of a teacher with habits: 40 % sorted, 25 % the words as they came, 20 % sorted with one forgotten, 15 %
+    from Z to A."""
     habit = rng.random()
     if habit < 0.4:
         words = sorted(words)
