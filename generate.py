@@ -12,7 +12,9 @@ import argparse
 import json
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 from data.preference import as_messages, read_jsonl
 from model import causal_attention, load_model
@@ -69,7 +71,7 @@ def sample(logits, temperature, top_p, uniform):
 def generate(model, prompts, *, seeds, max_new_tokens, stop_ids, temperature=0.8, top_p=0.95):
     """Answers to B prompts, lists of ids. Returns B lists of ids, without the end token (a list of max_new_tokens ids
     did not come to its end). Each sequence draws from a generator of its own, seeded by seeds (B ints)."""
-    device = model.head_weight.device
+    device = model.device
     lengths = [len(p) for p in prompts]
     if min(lengths) < 1:
         raise ValueError("a prompt without tokens; expected at least one")
@@ -86,6 +88,8 @@ def generate(model, prompts, *, seeds, max_new_tokens, stop_ids, temperature=0.8
     answers, ended = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         tokens = sample(F.linear(states, model.head_weight), temperature, top_p, uniform[:, step])
+        if isinstance(model, FSDPModule):   # its ranks must stay in step, even if they should round differently
+            dist.broadcast(tokens, 0)
         ended |= torch.isin(tokens, stop)
         answers.append(torch.where(ended, -1, tokens))
         if ended.all():                                                                 # this waits for the GPU

@@ -22,10 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 # The vocabulary head holds at most this many logits at once, as fp32: 1 GiB, or 2,092 tokens at Llama-3's vocabulary.
@@ -246,7 +248,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, recompute=False):
+        # Recomputation is in here, and not around the block, so that sharding (FSDP2) wraps it and gathers weights once.
+        if recompute:
+            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
+        return self.compute(x, cos, sin, attend)
+
+    def compute(self, x, cos, sin, attend):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -256,6 +264,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False          # recompute each block in the backward pass: less memory, a third more work
+        self.compute_device = None      # where it computes, if not where its weights rest (CPU offload)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
@@ -268,6 +277,10 @@ class Transformer(nn.Module):
     def head_weight(self):
         return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight   # (V, dim)
 
+    @property
+    def device(self):
+        return self.compute_device or self.head_weight.device
+
     def states(self, tokens, positions, attend):
         """Final normed hidden states of a row. tokens and positions (T,) int64 -> (T, dim).
 
@@ -276,8 +289,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens)                                    # (T, dim)
         cos, sin = (table.to(x.dtype) for table in rope_tables(positions, self.config))
         for i, layer in enumerate(self.model.layers):
-            args = x, cos, sin, partial(attend, i)
-            x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
+            x = layer(x, cos, sin, partial(attend, i), self.recompute and torch.is_grad_enabled())
         return self.model.norm(x)
 
     def forward(self, tokens):
@@ -382,9 +394,14 @@ def checkpoint_tensors(folder):
     return found
 
 
-def load_model(folder, dtype=torch.float32, device="cpu"):
+def load_model(folder, dtype=torch.float32, device="cpu", shard=None):
     """A Transformer with the weights of a Hugging Face folder, in `dtype` (fp32 for training: bf16 weights do not move
-    at learning rate 1e-6). Every weight must be there, of the right shape and finite, and no other; else ValueError."""
+    at learning rate 1e-6). Every weight must be there, of the right shape and finite, and no other; else ValueError.
+
+    shard: a function that is given the model while it is still without memory (on the meta device) and makes its
+    parameters DTensors, as fully_shard does. Each rank then reads its own slices of the files, one tensor after another,
+    and nobody holds the model. All ranks must call this together.
+    """
     config, found = read_config(folder), checkpoint_tensors(folder)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -411,18 +428,23 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
             raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; config.json asks for "
                              f"{shape}")
 
+    if shard:
+        shard(model)
     model.to_empty(device=device)
+    tensors = model.state_dict()
+    if config.tied and "lm_head.weight" in found:
+        tensors["lm_head.weight"] = torch.empty_like(model.head_weight)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
-        dcp.load(model.state_dict(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    if config.tied and "lm_head.weight" in found:
-        with safe_open(Path(folder) / found["lm_head.weight"][2], "pt") as f:
-            if not torch.equal(f.get_tensor("lm_head.weight").to(dtype).to(device), model.head_weight):
-                raise ValueError(f"{folder}: config.json ties the output projection to the embedding, but "
-                                 f"{found['lm_head.weight'][2]} holds another lm_head.weight")
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    mine = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}     # this rank's slices
+    for name, t in mine.items():
+        if not torch.isfinite(t).all():
             raise ValueError(f"{folder}/{found[name][2]}: {name} holds NaN or infinite values")
+    twin = mine.get("lm_head.weight") if config.tied else None
+    if twin is not None and not torch.equal(twin, mine["model.embed_tokens.weight"]):
+        raise ValueError(f"{folder}: config.json ties the output projection to the embedding, but "
+                         f"{found['lm_head.weight'][2]} holds another lm_head.weight")
     return model
 
 
@@ -434,7 +456,8 @@ COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "original
 def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
     """Writes `model` as a Hugging Face folder: safetensors of at most shard_bytes with their index, and config and
     tokenizer files as they are in the folder `like`. Weights are stored in `dtype`, by default in the one each has in
-    `like` (usually bf16: a model loaded and saved is bit-equal)."""
+    `like` (usually bf16: a model loaded and saved is bit-equal). All ranks of a sharded model must call this together,
+    on a file system that they share; the folder then needs room for the weights twice while it is written."""
     folder, like = Path(folder), Path(like)
     stored = checkpoint_tensors(like)
     tensors, file_of, used, n_files = {}, {}, 0, 1
@@ -445,9 +468,17 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
             used, n_files = 0, n_files + 1
         used, file_of[name] = used + size, n_files
     folder.mkdir(parents=True, exist_ok=True)
+    # Each rank writes what it holds into folder/sharded, and one of them puts the slices together.
+    sharded = any(isinstance(t, DTensor) for t in tensors.values())
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=sharded,
+                                          enable_consolidation=sharded)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is ")
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of))
+        dcp.save(tensors, storage_writer=writer)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    if sharded:
+        shutil.rmtree(folder / "sharded")
     for pattern in COPIED_FILES:
         for file in like.glob(pattern):
             target = folder / file.relative_to(like)

@@ -1,31 +1,49 @@
 """Align a Llama or Mistral model on preference pairs with AlphaPO (or SimPO, or DPO): a Hugging Face folder in and out.
 
     python train.py                                                        # the embedded default: tiny model, 2 cores
-    torchrun train.py --model Llama-3.2-1B-Instruct --data pairs.jsonl --alpha 0.25 --beta 2.5 --gamma_beta_ratio 0.1
-    torchrun train.py configs/RECIPE.toml --model DIR --data pairs.jsonl   # a recipe gives other defaults
+    torchrun --nproc_per_node 8 train.py --model Meta-Llama-3-8B-Instruct --data pairs.jsonl --output runs/first
+    torchrun --nproc_per_node 8 train.py configs/RECIPE.toml --output runs/first --resume    # recipe: other defaults
+    python train.py --model DIR --plan 8 16 64                             # the memory it takes, from config.json alone
 
-Weights, gradients and optimiser state are fp32. A run writes config.toml, metrics.jsonl and step-NNNNNN/, a model.
+Weights, gradients and optimiser state are fp32, sharded over all ranks (FSDP2); blocks compute in bf16 on GPUs. A run
+writes config.toml, metrics.jsonl and step-NNNNNN/, each a Hugging Face folder with, until the last, train_state/ in it.
 """
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import statistics
 import sys
 import time
 import tomllib
+import traceback
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
 from data.preference import epoch_steps, hold_out, load_pairs, pack, read_jsonl
 from generate import answer
-from model import load_model, save_model
+from model import MAX_LOGITS, Transformer, checkpoint_tensors, load_model, read_config, save_model
 from tokenizer import load_chat_format, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -66,12 +84,28 @@ class TrainConfig:
     tokens_per_micro_batch: int = 8192        # a packed row; a step is as many rows as its pairs need
     recompute: bool = False                   # recompute activations in the backward pass: less memory, a third slower
 
+    # Ranks. None of these changes what is computed.
+    shard_within_node: bool = False           # shard over the GPUs of a node, replicate over nodes: less traffic
+    cpu_offload: bool = False                 # weights, gradients and optimiser rest in CPU memory: far less on the GPU
+    sync_every_micro_batch: bool = False      # reduce gradients after each row, not once a step: saves 4 bytes a weight
+    timeout_minutes: float = 30               # for ranks to wait for each other before they give up
+
+    # Precision.
+    weight_dtype: str = "float32"             # of weights, gradients and optimiser; float64 is for checks
+    compute_dtype: str = ""                   # of activations; empty: bfloat16 on GPUs, weight_dtype on CPUs
+
     # Looking and saving.
+    save_every: int = 0                       # steps between checkpoints; 0: at the end only, and where a signal stops it
+    keep_last: int = 2                        # checkpoints kept, older ones are deleted; 0: all
     eval_every: int = 0                       # steps between evaluations; 0: before and after training only
     judge: str = ""                           # FILE.py:FUNCTION, called with (prompt turns, answer), returns a number
     judge_prompts: str = ""                   # JSON Lines of held-out prompts; one sampled answer to each is judged
     max_new_tokens: int = 512                 # of a judged answer (temperature 0.8, top_p 0.95)
     save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files
+
+    # This call alone.
+    resume: bool = False                      # go on from the newest complete checkpoint in `output`, if there is one
+    plan: list[int] | None = None             # print what so many GPUs each would hold, train nothing
 
 
 METHODS = {   # the knobs of each method and their defaults: the paper's Mistral row, and its DPO baseline
@@ -80,6 +114,11 @@ METHODS = {   # the knobs of each method and their defaults: the paper's Mistral
     "dpo": {"beta": 0.01},
 }
 PATHS = ("model", "data", "eval_data", "output", "judge", "judge_prompts")
+CALL = ("resume", "plan")
+# May change when a run is resumed. The model and the pairs may have moved: their content is compared, not their place.
+FREE = (*PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
+        "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every")
+MAX_SKIPPED = 3     # steps in a row whose loss or gradient is not finite: then the run gives up
 
 
 def parse_config(argv):
@@ -94,8 +133,13 @@ def parse_config(argv):
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
         elif kind == list[str]:
             parser.add_argument(f"--{name}", nargs="+", metavar="FILE")
+        elif name == "plan":
+            parser.add_argument("--plan", nargs="*", type=int, metavar="GPUS")
         else:
             parser.add_argument(f"--{name}", type=float if kind == float | None else kind, metavar=name.upper())
+    def error(message):
+        raise ValueError(f"{message}; --help lists the flags")
+    parser.error = error        # one line from one rank, as for every other error
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe")
     if recipe is None and "model" not in flags:
@@ -111,8 +155,8 @@ def read_recipe(path, types):
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{path}: unknown key {name!r}; expected one of {', '.join(types)}")
+        if name not in types or name in CALL:
+            raise ValueError(f"{path}: unknown key {name!r}; expected one of {', '.join(n for n in types if n not in CALL)}")
         kind = types[name]
         wanted = {float: (int, float), float | None: (int, float), list[str]: (list,)}.get(kind, (kind,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
@@ -124,7 +168,7 @@ def read_recipe(path, types):
 
 
 def resolve_config(config):
-    """Fills in the method's defaults and the output folder, and checks the rest. ValueError names the field."""
+    """Fills in the method's defaults and the compute dtype, and checks the rest. ValueError names the field."""
     if config.method not in METHODS:
         raise ValueError(f"method = {config.method!r}; expected one of {', '.join(METHODS)}")
     for knob in ("alpha", "beta", "gamma_beta_ratio"):
@@ -135,30 +179,35 @@ def resolve_config(config):
             raise ValueError(f"{knob} = {getattr(config, knob)} is given, but {config.method} has no such knob; "
                              "leave it out")
     for name in ("beta", "learning_rate", "max_grad_norm", "pairs_per_step", "epochs", "max_length",
-                 "max_prompt_length", "tokens_per_micro_batch", "max_new_tokens"):
+                 "max_prompt_length", "tokens_per_micro_batch", "max_new_tokens", "timeout_minutes"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} = {getattr(config, name)}; expected a positive number")
     for name in ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay"):
         if getattr(config, name) is not None and not math.isfinite(getattr(config, name)):
             raise ValueError(f"{name} = {getattr(config, name)}; expected a finite number")
-    for name in ("sft_weight", "weight_decay", "max_steps", "eval_every", "eval_pairs", "seed"):
+    for name in ("sft_weight", "weight_decay", "max_steps", "eval_every", "eval_pairs", "seed", "save_every",
+                 "keep_last"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} = {getattr(config, name)}; expected 0 or more")
     if not 0 <= config.warmup_ratio <= 1:
         raise ValueError(f"warmup_ratio = {config.warmup_ratio}; expected a share of the steps, 0 to 1")
-    if not config.model or not config.data:
+    if not config.model or not config.data and config.plan is None:
         raise ValueError("model and data are needed: --model FOLDER --data FILE [FILE ...]")
     if config.eval_data and config.eval_pairs:
         raise ValueError("eval_data and eval_pairs are both given; expected one of them")
     if bool(config.judge) != bool(config.judge_prompts) or (config.judge and ":" not in config.judge):
         raise ValueError("judge needs FILE.py:FUNCTION, and judge_prompts beside it")
-    if config.save_dtype not in ("", "float32", "bfloat16", "float16"):
-        raise ValueError(f"save_dtype = {config.save_dtype!r}; expected float32, bfloat16, float16 or nothing")
-    if not config.output:
-        free = next(n for n in range(1, 10**6) if not Path(f"runs/{config.method}-{n:03d}").exists())
-        config = dataclasses.replace(config, output=f"runs/{config.method}-{free:03d}")
-    elif Path(config.output).exists() and any(Path(config.output).iterdir()):
-        raise ValueError(f"output folder {config.output} is not empty; name a new one, or move it away")
+    for name, allowed in (("save_dtype", ("", "float32", "bfloat16", "float16", "float64")),
+                          ("weight_dtype", ("float32", "float64")),
+                          ("compute_dtype", ("", "bfloat16", "float32", "float64"))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} = {getattr(config, name)!r}; expected {', '.join(allowed).lstrip(', ')}"
+                             + (" or nothing" if "" in allowed else ""))
+    if not config.compute_dtype:
+        compute_dtype = "bfloat16" if torch.cuda.is_available() else config.weight_dtype
+        config = dataclasses.replace(config, compute_dtype=compute_dtype)
+    if config.plan is not None and not all(n > 0 for n in config.plan):
+        raise ValueError(f"plan = {config.plan}; expected numbers of GPUs")
     return config
 
 
@@ -166,6 +215,8 @@ def write_config(config, path):
     """The resolved config as a TOML recipe; paths absolute, so that it runs from anywhere."""
     lines = []
     for name, value in dataclasses.asdict(config).items():
+        if name in CALL:
+            continue
         if name in PATHS and value:
             value = [os.path.abspath(p) for p in value] if isinstance(value, list) else os.path.abspath(value)
         if value is not None:
@@ -196,7 +247,7 @@ def run_row(model, row, config, grad_scale=None):
     The vocabulary head runs forward and backward a pair at a time, on states cut off from the body: only one pair's
     logits exist at once, none is computed twice, and the body's backward runs once with the gradient collected so far.
     """
-    tokens = row.tokens.to(model.head_weight.device)
+    tokens = row.tokens.to(model.device)
     states, targets = model.response_states(tokens, row.lengths)                       # (R, dim), (R,)
     sizes = [C + R for _, C, R in row.lengths]
     leaves = [s.detach().requires_grad_(grad_scale is not None) for s in states.split(sizes)]
@@ -212,14 +263,275 @@ def run_row(model, row, config, grad_scale=None):
     return torch.stack(results)
 
 
+def run_rows(model, rows, config, grad_scale=None, signals=(0, 0)):
+    """Scores B pairs, packed into rows for all ranks; each rank runs its own. With grad_scale it also adds the gradient
+    of grad_scale * (sum of losses), averaged over the ranks (by FSDP).
+
+    Returns run_row's (B, 5) for the pairs of all ranks, in the order in which they were given to `pack`, and `signals`
+    summed over the ranks, (2,): one all-reduce for both.
+    """
+    results = torch.zeros(sum(len(row.indices) for row in rows) + 1, 5, dtype=torch.float64, device=model.device)
+    results[-1, :2] = torch.tensor(signals)
+    rows = rows[dist.get_rank()::dist.get_world_size()]
+    for row in rows:
+        if grad_scale is not None and isinstance(model, FSDPModule):     # gradients meet in the step's last backward
+            model.set_requires_gradient_sync(config.sync_every_micro_batch or row is rows[-1])
+        if row.indices:
+            results[row.indices] = run_row(model, row, config, grad_scale)
+        else:           # more ranks than pairs: this row only keeps the ranks in step
+            run_row(model, row, config, None if grad_scale is None else 0.0)
+    dist.all_reduce(results)
+    return results[:-1], results[-1, :2]
+
+
+@torch.no_grad()
+def score_pairs(model, pairs, config):
+    """run_row's (B, 5) of B pairs, in their order, on every rank."""
+    results, _ = run_rows(model, pack(pairs, config.tokens_per_micro_batch, dist.get_world_size()), config)
+    forget_gathered_weights(model)
+    return results
+
+
+def forget_gathered_weights(model):
+    """To be called after a forward pass without a backward pass: FSDP keeps the root's weights gathered until the
+    backward pass, and would go on using them after the next step has changed them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def reference_logps(model, pairs, config):
     """Stores the summed log-probs of every pair under the model as it is now: all that DPO needs of its reference."""
     for pair in pairs:
         pair.ref_logps = (0.0, 0.0)     # read by the loss, which is not used here
-    with torch.no_grad():
-        for row in pack(pairs, config.tokens_per_micro_batch):
-            for pair, (chosen, rejected) in zip(row.pairs, run_row(model, row, config)[:, 3:].tolist()):
-                pair.ref_logps = chosen * len(pair.chosen), rejected * len(pair.rejected)
+    for pair, (chosen, rejected) in zip(pairs, score_pairs(model, pairs, config)[:, 3:].tolist()):
+        pair.ref_logps = chosen * len(pair.chosen), rejected * len(pair.rejected)
+
+
+# --- ranks and shards -------------------------------------------------------------------------------------------------
+
+def join_ranks(config):
+    """Joins the ranks that torchrun started, or forms a group of this one process. Returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=timedelta(minutes=config.timeout_minutes), **alone)
+    return device
+
+
+def say(*lines):
+    if dist.get_rank() == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def from_rank_0(function):
+    """What function() returns on rank 0, on every rank; it runs on rank 0 alone. Also a barrier."""
+    box = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def device_mesh(config, device):
+    """The ranks as FSDP sees them: one axis to shard over, and with shard_within_node one to replicate over before it."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not config.shard_within_node:
+        return init_device_mesh(device.type, (world,))
+    if world % local:
+        raise ValueError(f"shard_within_node needs as many ranks on every node; {world} ranks, {local} of them here")
+    return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model, config, device):
+    """FSDP2: each rank holds a slice of every weight, gradient and moment. Whole are only the weights of the block at
+    work and the next, in compute_dtype, and those of the root (embedding, norm, head)."""
+    dtypes = MixedPrecisionPolicy(param_dtype=getattr(torch, config.compute_dtype),
+                                  reduce_dtype=getattr(torch, config.weight_dtype))
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+    mesh = device_mesh(config, device)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=dtypes, offload_policy=offload)
+    register_fsdp_forward_method(model, "states")       # our way in, beside forward
+    model.compute_device = device
+
+
+def load_sharded(config, device):
+    """The starting model, in slices over the ranks. One process that computes in its weights' dtype needs no slices."""
+    sharded = dist.get_world_size() > 1 or config.cpu_offload or config.compute_dtype != config.weight_dtype
+    model = load_model(config.model, getattr(torch, config.weight_dtype), "cpu" if config.cpu_offload else device,
+                       partial(shard_model, config=config, device=device) if sharded else None)
+    model.recompute = config.recompute
+    return model
+
+
+def clip_gradients(model, max_norm):
+    """Scales the gradients of all ranks to a norm of at most max_norm. Returns the norm before; waits for the GPU."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def claim_output(config):
+    """The run folder, made if need be. ValueError if it holds another run that is not to be resumed. Rank 0 only."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if config.output:
+        output = Path(config.output)
+        if not (config.resume or restarts) and output.exists() and any(output.iterdir()):
+            raise ValueError(f"output folder {output} is not empty; --resume to go on with its run, or name a new one")
+    elif config.resume or restarts:
+        raise ValueError("a run can be resumed only by the name of its folder; give --output")
+    else:
+        free = next(n for n in range(1, 10**6) if not Path(f"runs/{config.method}-{n:03d}").exists())
+        output = Path(f"runs/{config.method}-{free:03d}")
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def check_same_run(output, identity):
+    """Writes what makes a run what it is to run.json, or compares with what is there. ValueError names the difference.
+    Rank 0 only."""
+    path = output / "run.json"
+    if not path.exists():
+        write_whole(path, json.dumps(identity, indent=1))
+        return
+    before = json.loads(path.read_text())
+    for part, title in (("config", "{}"), ("model", "config.json's {}"), ("pairs", "{}")):
+        for name in identity[part]:
+            old, new = before[part].get(name), identity[part][name]
+            if old != new:
+                raise ValueError(f"{output}: its run has {title.format(name)} = {old!r}, found {new!r} now; resume it "
+                                 "as it was started, or name a new output folder")
+
+
+def identity_of(config, model, pairs, held_out):
+    """What must be the same for a run to go on: config but for FREE, the shape of the model, the tokens of the pairs."""
+    def digest(pairs):
+        sha = hashlib.sha256()
+        for pair in pairs:
+            for ids in (pair.prompt, pair.chosen, pair.rejected):
+                sha.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+        return f"{len(pairs)} pairs, sha256 {sha.hexdigest()[:16]}"
+    return {"config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
+            "model": dataclasses.asdict(model.config),
+            "pairs": {"data": digest(pairs), "held-out data": digest(held_out)}}
+
+
+def write_whole(path, text):
+    """Writes a file so that it is never seen half-written."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def newest_checkpoint(output, last_step):
+    """(step, folder) of the newest complete checkpoint, (0, None) without one; says what it passes over. Rank 0 only."""
+    found = 0, None
+    for folder in sorted(output.glob("step-*")):
+        step = int(folder.name[5:]) if re.fullmatch(r"step-\d{6,}", folder.name) else None
+        if step is None:
+            print(f"resume   passing over {folder}: it was not written to the end")
+        elif step != last_step and not (folder / "train_state" / ".metadata").exists():
+            print(f"resume   passing over {folder}: it holds a model and no train_state")
+        else:
+            found = max(found, (step, folder))
+    return found
+
+
+def train_state(model, optimizer, progress):
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "progress": progress}
+
+
+def save_checkpoint(model, optimizer, progress, config, output, last):
+    """Writes step-NNNNNN under a name that says it is incomplete, and gives it its own once all ranks are done. The last
+    one holds the model alone: nothing is left to resume. Then deletes all but keep_last."""
+    folder = output / f"step-{progress['step']:06d}"
+    writing = folder.with_suffix(".incomplete")
+
+    def prepare():
+        check_space(model, config, output, last)
+        shutil.rmtree(writing, ignore_errors=True)      # of a run that was killed here
+
+    def complete():
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+        done = sorted(f for f in output.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name))
+        for old in done[:-config.keep_last] if config.keep_last else []:
+            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
+            print(f"deleted  {old}, older than the last {config.keep_last}")
+
+    from_rank_0(prepare)
+    try:
+        save_model(model, writing, like=config.model, dtype=getattr(torch, config.save_dtype, None))
+        if not last:
+            dcp.save(train_state(model, optimizer, progress), checkpoint_id=writing / "train_state")
+    except dcp.api.CheckpointException as e:
+        raise OSError(f"{writing}: cannot be written ({first_failure(e)}); earlier checkpoints are as they were") from e
+    if not last and dist.get_rank() == 0:
+        shutil.copyfile(output / "config.toml", writing / "train_state" / "config.toml")
+    from_rank_0(complete)
+    return folder
+
+
+def load_checkpoint(folder, model, optimizer, progress):
+    """Fills model, optimiser and progress with what save_checkpoint wrote, on any number of ranks."""
+    state = train_state(model, optimizer, progress)
+    try:
+        dcp.load(state, checkpoint_id=folder / "train_state")
+    except dcp.api.CheckpointException as e:
+        raise ValueError(f"{folder}/train_state: cannot be read ({first_failure(e)}); it may be damaged or another "
+                         "model's. Move the folder away to go on from the one before it") from e
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def first_failure(checkpoint_exception):
+    rank, (error, _) = min(checkpoint_exception.failures.items())
+    return f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def check_space(model, config, output, last):
+    """ValueError unless a checkpoint fits on the disk."""
+    kept = getattr(torch, config.save_dtype, None)
+    weights = sum(math.prod(shape) * (kept or dtype).itemsize
+                  for shape, dtype, _ in checkpoint_tensors(config.model).values())
+    moments = 0 if last else 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    need = (2 if isinstance(model, FSDPModule) else 1) * weights + moments      # slices are put together from a copy
+    if (free := shutil.disk_usage(output).free) < need:
+        raise ValueError(f"{output}: a checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make "
+                         "room, or name an output folder on another disk. Earlier checkpoints are as they were")
+
+
+def read_metrics(output, step):
+    """The lines of metrics.jsonl up to a step, [] without the file. What a killed run logged after that is undone by
+    resuming there; its last line may be cut."""
+    lines = []
+    if (output / "metrics.jsonl").exists():
+        for line in (output / "metrics.jsonl").read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return [line for line in lines if line["step"] <= step]
+
+
+@contextmanager
+def noted_signals():
+    """SIGINT and SIGTERM are only noted, in the dict that this gives: the step in hand is to be finished and saved. The
+    second one kills at once."""
+    noted = {signal.SIGINT: 0, signal.SIGTERM: 0}
+
+    def note(number, _):
+        noted[number] = 1
+        for s in noted:
+            signal.signal(s, signal.SIG_DFL)
+
+    before = {s: signal.signal(s, note) for s in noted}
+    try:
+        yield noted
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 # --- schedule, evaluation, report -------------------------------------------------------------------------------------
@@ -269,23 +581,55 @@ class Judge:
         self.config, self.tokenizer, self.chat = config, tokenizer, chat
 
     def __call__(self, model):
+        # All ranks of a sharded model sample the same answers side by side; one of them asks the judge.
         answers = answer(model, self.tokenizer, self.chat, self.prompts, seed=self.config.seed, temperature=0.8,
                          top_p=0.95, max_new_tokens=self.config.max_new_tokens, batch_size=64)
+        forget_gathered_weights(model)
         answers = [texts[0] for texts in answers]
         turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
-        return answers, [float(self.score(t, a)) for t, a in zip(turns, answers)]
+        return answers, from_rank_0(lambda: [float(self.score(t, a)) for t, a in zip(turns, answers)])
+
+
+    def keep(self, output, step, answers, scores):
+        """Writes the answers to answers-NNNNNN.jsonl in the run folder."""
+        rows = ({"prompt": p, "answer": a, "score": s} for p, a, s in zip(self.prompts, answers, scores))
+        write_whole(output / f"answers-{step:06d}.jsonl",
+                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def show_change(self, output, step):
+        before, after = ([row for _, row in read_jsonl(output / f"answers-{s:06d}.jsonl")] for s in (0, step))
+        changed = [(b, a) for b, a in zip(before, after) if b["answer"] != a["answer"]]
+        say(f"         {sum(a['score'] > b['score'] for b, a in changed)} answers score higher than at step 0, "
+            f"{sum(a['score'] < b['score'] for b, a in changed)} lower; the first four that changed:")
+        for b, a in changed[:4]:
+            say(f"         {b['prompt']}", f"           before: {b['answer']}   ({b['score']:.0f})",
+                f"           after:  {a['answer']}   ({a['score']:.0f})")
+
+
+def work_of(rows, seconds):
+    """What a step was as work: how many tokens, how evenly dealt to the ranks, how fast."""
+    world, tokens = dist.get_world_size(), [len(row.tokens) * bool(row.indices) for row in rows]
+    heaviest = sum(max(tokens[i:i + world]) for i in range(0, len(rows), world))    # the one that the ranks wait for
+    return {"tokens": sum(tokens), "micro_batches": len(rows) // world, "imbalance": heaviest * world / sum(tokens),
+            "tokens_per_second": sum(tokens) / seconds}
 
 
 def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps):
     """The first lines of a run: what is about to be trained on what."""
     quantiles = lambda lengths: " / ".join(str(sorted(lengths)[int(q * (len(lengths) - 1))]) for q in (0, 0.5, 0.9, 1))
     knobs = ", ".join(f"{k} {getattr(config, k):g}" for k in METHODS[config.method])
-    n_rows = len(pack(pairs[:config.pairs_per_step], config.tokens_per_micro_batch))
-    c, head = model.config, model.head_weight
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n_rows = len(pack(pairs[:config.pairs_per_step], config.tokens_per_micro_batch, world))
+    c = model.config
     print(f"method   {config.method}: {knobs}" + (f", sft_weight {config.sft_weight:g}" if config.sft_weight else ""))
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
-          f"{str(head.dtype)[6:]} on {head.device}, {c.n_layers} layers of {c.dim}, vocabulary {c.vocab_size}, window "
+          f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary {c.vocab_size}, window "
           f"{c.window or 'none'}")
+    print(f"ranks    {world} on {model.device.type}, weights "
+          + ("whole on the one" if not isinstance(model, FSDPModule) else
+             f"sharded over {local if config.shard_within_node else world}"
+             + (f" and replicated {world // local} times" if config.shard_within_node else "")
+             + (", resting in CPU memory" if config.cpu_offload else "")))
     print(f"tokens   {type(tokenizer).__name__} of {tokenizer.vocab_size}, chat format {type(chat).__name__} "
           f"({'--chat_format' if config.chat_format else 'read from the files'}), generation ends at "
           f"{' '.join(tokenizer.piece(i) for i in sorted(chat.stop_ids))}")
@@ -294,7 +638,7 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     print(f"lengths  tokens, least / median / 90 % / most: prompt {quantiles([len(p.prompt) for p in pairs])}; chosen "
           f"{quantiles([len(p.chosen) for p in pairs])}; rejected {quantiles([len(p.rejected) for p in pairs])}")
     print(f"batch    {config.pairs_per_step} pairs a step of {statistics.mean(map(len, pairs)):.0f} tokens on average, "
-          f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step); {config.epochs} epochs of "
+          f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a rank); {config.epochs} epochs of "
           f"{math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
     shortest = min(pairs, key=len)
     show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids)
@@ -302,16 +646,54 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
           f"         chosen   [{show(shortest.chosen)}]\n         rejected [{show(shortest.rejected)}]", flush=True)
 
 
+def plan(config):
+    """Prints what each of so many GPUs would hold at its fullest, from config.json alone: an estimate, but for `state`.
+
+    n weights over S ranks; state: fp32 weight, gradient and two moments. gathered: weights, and their gradients in bf16
+    and fp32, of the root and of two blocks. waiting: whole fp32 gradients between the micro-batches of a step.
+    """
+    c = read_config(config.model)
+    with torch.device("meta"):
+        model = Transformer(c)
+    n, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.model.layers[0].parameters())
+    root, T, size = n - c.n_layers * block, config.tokens_per_micro_batch, 2
+    # Kept for the backward pass per token: input of a block; inputs of its norms, projections, attention and products.
+    inside = 4 * c.dim + 5 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim + 4 * c.hidden_dim
+    kept = (c.n_layers * c.dim + inside) if config.recompute else c.n_layers * inside
+    longest = max(1, min(MAX_LOGITS // c.vocab_size, 2 * config.max_length))                    # responses of one pair
+    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block), "activations": size * T * kept,
+             "logits": (4 + 2 * size) * longest * c.vocab_size}
+    print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
+          f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")
+    print(f"{'GPUs':>6}{'state':>10}" + "".join(f"{name:>13}" for name in parts) + f"{'waiting':>10}{'in all':>10}"
+          "   a step")
+    for gpus in config.plan or (8, 16, 64):
+        shards = min(gpus, 8) if config.shard_within_node else gpus
+        state = 0 if config.cpu_offload else 16 * n / shards
+        row = gpus * T / config.pairs_per_step
+        waiting = 0 if config.sync_every_micro_batch else 4 * n
+        print(f"{gpus:>6}{state / 1e9:>10.1f}" + "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
+              + f"{waiting / 1e9:>10.1f}{(state + sum(parts.values()) + waiting) / 1e9:>10.1f}   "
+              f"{config.pairs_per_step} pairs, {config.pairs_per_step / gpus:g} a GPU; one row each, and nothing waiting, "
+              f"up to {row:.0f} tokens a pair")
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def main(config):
-    """Runs one job. Returns its evaluations, the objects of metrics.jsonl with eval_ names, step 0 first."""
-    # 1. One process for now; here is where ranks will meet.
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("this version trains in one process; run `torchrun train.py` without --nproc_per_node")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Runs one job on the ranks that torchrun started, or alone. Returns its evaluations, the objects of metrics.jsonl
+    with eval_ names, step 0 first. SystemExit with 128 + its number after a signal, with the run saved."""
+    device = join_ranks(config)
+    try:
+        return run(config, device)
+    finally:
+        if dist.get_world_size() == 1 or sys.exc_info()[0] in (None, SystemExit):
+            dist.destroy_process_group()    # after an error the others may be gone, and this would wait for them
 
-    # 2. Data: tokens of all pairs, in memory.
+
+def run(config, device):
+    world = dist.get_world_size()
+    # 1. Data: tokens of all pairs, in the memory of every rank.
     tokenizer = load_tokenizer(config.model)
     chat = load_chat_format(config.model, tokenizer, config.chat_format or None)
     limits = config.max_length, config.max_prompt_length
@@ -324,12 +706,11 @@ def main(config):
     steps = [step for epoch in range(config.epochs)
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
-    eval_rows = pack(held_out, config.tokens_per_micro_batch) if held_out else []
-    pack(pairs, config.tokens_per_micro_batch)      # a pair that no row can hold is known before the first step
+    pack(pairs + held_out, config.tokens_per_micro_batch)      # a pair that no row can hold is known before the first step
     judge = Judge(config, tokenizer, chat) if config.judge else None
 
-    # 3. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
-    model = load_model(config.model, torch.float32, device)
+    # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
+    model = load_sharded(config, device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{config.model}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
                          f"{model.config.vocab_size} rows; the files do not belong together")
@@ -337,95 +718,148 @@ def main(config):
     if len(longest.prompt) + max(len(longest.chosen), len(longest.rejected)) > model.config.max_positions:
         raise ValueError(f"{longest.source}: longer than the {model.config.max_positions} positions of {config.model}; "
                          "set max_length to that")
-    model.recompute = config.recompute
     optimizer = make_optimizer(model, config)
-    report(config, model, tokenizer, chat, pairs, held_out, dropped, len(steps))
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_config(config, output / "config.toml")
-    log_file = open(output / "metrics.jsonl", "w")
 
-    # 4. DPO compares with the model as it is now; its log-probs are computed once and no second model is kept.
+    # 3. The run folder, and where in the run this call begins.
+    output = from_rank_0(lambda: claim_output(config))
+    from_rank_0(lambda: check_same_run(output, identity_of(config, model, pairs, held_out)))
+    first, checkpoint = from_rank_0(lambda: newest_checkpoint(output, len(steps)))
+    lines = from_rank_0(lambda: read_metrics(output, first))
+    evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
+    if first == len(steps):
+        say(f"resume   {checkpoint} is the end of this run; nothing to do")
+        return evaluations
+    if dist.get_rank() == 0:
+        check_space(model, config, output, last=False)
+        write_whole(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_config(config, output / "config.toml")
+        report(config, model, tokenizer, chat, pairs, held_out, dropped, len(steps))
+
+    # What a checkpoint holds beside weights and moments. DPO compares with the model as it was at step 0; its log-probs
+    # are computed once and no second model is kept. `start` are the scores of the held-out pairs at step 0.
+    progress = {"step": first, "skipped": 0, "skipped_in_a_row": 0,
+                "start": torch.zeros(len(held_out), 5, dtype=torch.float64),
+                "reference": torch.zeros(len(pairs + held_out), 2, dtype=torch.float64)}
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizer, progress)
+        say(f"resume   {checkpoint}, {len(steps) - first} steps to go")
     if config.method == "dpo":
-        reference_logps(model, pairs + held_out, config)
+        if not checkpoint:
+            reference_logps(model, pairs + held_out, config)
+            progress["reference"] = torch.tensor([pair.ref_logps for pair in pairs + held_out], dtype=torch.float64)
+        for pair, ref_logps in zip(pairs + held_out, progress["reference"].tolist()):
+            pair.ref_logps = tuple(ref_logps)
 
-    # 5. The loop.
-    evaluations, start, first_answers = [], None, None
-
+    # 4. The loop.
     def log(metrics):
-        print(json.dumps(metrics), file=log_file, flush=True)
+        if dist.get_rank() == 0:
+            whole = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            with open(output / "metrics.jsonl", "a") as f:
+                print(json.dumps(whole), file=f)
 
     def evaluate(step):
-        nonlocal start, first_answers
         m = {}
-        if eval_rows:
-            with torch.no_grad():
-                results = torch.cat([run_row(model, row, config) for row in eval_rows])
-            start = results if start is None else start
-            m = metrics_of(results, start)
-            print(f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  margin "
-                  f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}; "
-                  f"since step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}, chosen "
-                  f"fell in {m['displacement/fell']:.0%} of {len(results)} pairs")
+        if held_out:
+            results = score_pairs(model, held_out, config).cpu()
+            if step == 0:
+                progress["start"] = results
+            m = metrics_of(results, progress["start"])
+            say(f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  margin "
+                f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}; since "
+                f"step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}, chosen fell "
+                f"in {m['displacement/fell']:.0%} of {len(results)} pairs")
         if judge:
             answers, scores = judge(model)
             m["judge_score"] = statistics.mean(scores)
             m["judge_stderr"] = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-            print(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} "
-                  "sampled answers to held-out prompts")
-            first_answers = first_answers or (answers, scores)
-            if step == len(steps):
-                changed = [c for c in zip(judge.prompts, *first_answers, answers, scores) if c[1] != c[3]]
-                print(f"         {sum(c[4] > c[2] for c in changed)} answers score higher than at step 0, "
-                      f"{sum(c[4] < c[2] for c in changed)} lower; the first four that changed:")
-                for prompt, was, was_score, now, now_score in changed[:4]:
-                    print(f"         {prompt}\n           before: {was}   ({was_score:.0f})\n"
-                          f"           after:  {now}   ({now_score:.0f})")
+            say(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} "
+                "sampled answers to held-out prompts")
+            if dist.get_rank() == 0:
+                judge.keep(output, step, answers, scores)
+                if step == len(steps):
+                    judge.show_change(output, step)
         if m:
             evaluations.append({"step": step} | {f"eval_{name}": value for name, value in m.items()})
             log(evaluations[-1])
 
-    evaluate(0)
-    started = time.time()
-    for i, step in enumerate(steps):
-        began = time.time()
-        rows = pack([pairs[j] for j in step], config.tokens_per_micro_batch)
-        results = torch.cat([run_row(model, row, config, grad_scale=1 / len(step)) for row in rows])
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            raise ValueError(f"step {i + 1}: the gradient is not finite (norm {grad_norm}); nothing was saved. Pairs: "
-                             + ", ".join(pairs[j].source for j in step[:8]))
-        lr = learning_rate(i, len(steps), config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+    def due(step, every):
+        return every and step % every == 0 and step < len(steps)
 
-        now, n_tokens = time.time(), sum(len(row.tokens) for row in rows)
-        left = (now - started) / (i + 1) * (len(steps) - i - 1)
-        m = {"step": i + 1} | metrics_of(results) | {
-            "grad_norm": grad_norm, "learning_rate": lr, "pairs": len(step), "tokens": n_tokens,
-            "micro_batches": len(rows), "tokens_per_second": n_tokens / (now - began)}
-        log(m)
-        print(f"step {i + 1}/{len(steps)}  loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.2f}  margin "
-              f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
-              f"{grad_norm:.3f}  lr {lr:.2e}  {m['tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left",
-              flush=True)
-        if config.eval_every and (i + 1) % config.eval_every == 0 and i + 1 < len(steps):
-            evaluate(i + 1)
-    evaluate(len(steps))
+    evaluated = {line["step"] for line in evaluations}
+    if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
+        evaluate(first)
+    with noted_signals() as noted:
+        started = time.time()
+        for i in range(first, len(steps)):
+            began = time.time()
+            batch = [pairs[j] for j in steps[i]]
+            rows = pack(batch, config.tokens_per_micro_batch, world)
+            results, signals = run_rows(model, rows, config, world / len(batch), [*noted.values()])
+            grad_norm = clip_gradients(model, config.max_grad_norm)
+            lr = learning_rate(i, len(steps), config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            finite = results.isfinite().all(1).tolist()
+            applied = all(finite) and math.isfinite(grad_norm)
+            if applied:
+                optimizer.step()
+            optimizer.zero_grad()
+            progress |= {"step": i + 1, "skipped": progress["skipped"] + (not applied),
+                         "skipped_in_a_row": 0 if applied else progress["skipped_in_a_row"] + 1}
 
-    # 6. A plain Hugging Face folder, under its name only when it is complete.
-    folder = output / f"step-{len(steps):06d}"
-    save_model(model, output / "saving", like=config.model, dtype=getattr(torch, config.save_dtype, None))
-    (output / "saving").rename(folder)
-    log_file.close()
-    print(f'saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
+            now = time.time()
+            left = (now - started) / (i + 1 - first) * (len(steps) - i - 1)
+            m = {"step": i + 1} | metrics_of(results) | {"grad_norm": grad_norm, "learning_rate": lr, "pairs": len(batch),
+                                                   **work_of(rows, now - began), "skipped": progress["skipped"]}
+            if not applied:
+                m["not_finite"] = [pair.source for pair, f in zip(batch, finite) if not f or all(finite)]
+            log(m)
+            say(f"step {i + 1}/{len(steps)}  loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.2f}  margin "
+                f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
+                f"{grad_norm:.3f}  lr {lr:.2e}  {m['tokens_per_second']:.0f} tokens/s  {left / 60:.1f} min left")
+            if not applied:
+                what = "the gradient is not finite, of any of" if all(finite) else "the loss is not finite, of"
+                say(f"skipped  step {i + 1}: {what} {', '.join(m['not_finite'][:8])}"
+                    + (f" and {len(m['not_finite']) - 8} more" if len(m["not_finite"]) > 8 else ""))
+            if progress["skipped_in_a_row"] == MAX_SKIPPED:
+                raise ValueError(f"step {i + 1}: {MAX_SKIPPED} steps in a row were not finite and not applied. The pairs are "
+                                 f"named above and in {output}/metrics.jsonl; checkpoints are as they were")
+
+            stopping = [number for number, n in zip(noted, signals.tolist()) if n]
+            if due(i + 1, config.eval_every) and not stopping:
+                evaluate(i + 1)
+            if i + 1 < len(steps) and (due(i + 1, config.save_every) or stopping):
+                folder = save_checkpoint(model, optimizer, progress, config, output, last=False)
+                say(f"saved    {folder}")
+            if stopping and i + 1 < len(steps):
+                say(f"stopped  by {signal.Signals(stopping[0]).name} after step {i + 1}; --resume --output {output} goes on")
+                raise SystemExit(128 + stopping[0])
+        evaluate(len(steps))
+
+        # 5. A plain Hugging Face folder.
+        folder = save_checkpoint(model, optimizer, progress, config, output, last=True)
+    say(f'saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
     return evaluations
 
 
-if __name__ == "__main__":
+def start(argv):
+    """main, with one message from the first rank to fail and exit status 1 on all."""
+    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     try:
-        main(parse_config(sys.argv[1:]))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+        config = parse_config(argv)
+        if config.plan is not None:
+            plan(config)
+        else:
+            main(config)
+    except Exception as e:
+        if store.add("failed", 1) == 1:
+            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+            if isinstance(e, (ValueError, OSError)):
+                print(f"error{rank}: {e}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:])

@@ -13,6 +13,7 @@ where a turn is {"role": "system" | "user" | "assistant", "content": "..."}; oth
 A line that is none of them stops with file and line. A pair that cannot teach or does not fit is dropped and counted;
 nothing is ever cut.
 """
+import heapq
 import json
 import math
 from collections import Counter
@@ -41,6 +42,7 @@ class PackedPairs:
     tokens: torch.Tensor                    # (T,) int64
     lengths: list[tuple[int, int, int]]     # (prompt, chosen, rejected) of each pair; add up to T
     pairs: list[PreferencePair]
+    indices: list[int]                      # of the pairs in what was packed; empty: the row does not count (see pack)
 
 
 class Dropped(Exception):
@@ -175,25 +177,32 @@ def epoch_steps(n_pairs, pairs_per_step, seed, epoch):
     return [order[i:i + pairs_per_step] for i in range(0, n_pairs, pairs_per_step)]
 
 
-def pack(pairs, tokens_per_row):
+def pack(pairs, tokens_per_row, ranks=1):
     """Deals pairs onto as few rows as hold at most tokens_per_row tokens each: longest first, onto the lightest row, so
-    that rows are of near-equal work. Every pair is in exactly one row, whole."""
-    longest = max(pairs, key=len)
-    if len(longest) > tokens_per_row:
-        raise ValueError(f"{longest.source}: the pair has {len(longest)} tokens, more than tokens_per_micro_batch = "
-                         f"{tokens_per_row}; raise that, or lower max_length")
-    n_rows = math.ceil(sum(map(len, pairs)) / tokens_per_row)
+    that rows are of near-equal work. Every pair is in exactly one row, whole.
+
+    The number of rows is a multiple of `ranks`: rank r takes rows[r::ranks], and all ranks run as many. Where there are
+    fewer pairs than rows, the rows left over hold the shortest pair once more and no indices: run them with weight 0.
+    """
+    lengths = [len(pair) for pair in pairs]
+    longest = max(range(len(pairs)), key=lengths.__getitem__)
+    if lengths[longest] > tokens_per_row:
+        raise ValueError(f"{pairs[longest].source}: the pair has {lengths[longest]} tokens, more than "
+                         f"tokens_per_micro_batch = {tokens_per_row}; raise that, or lower max_length")
+    by_length = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)
+    n_rows = ranks * math.ceil(sum(lengths) / tokens_per_row / ranks)
     while True:
-        rows, loads = [[] for _ in range(n_rows)], [0] * n_rows
-        for pair in sorted(pairs, key=len, reverse=True):
-            lightest = loads.index(min(loads))
-            rows[lightest].append(pair)
-            loads[lightest] += len(pair)
-        if max(loads) <= tokens_per_row:
-            return [_pack_row(row) for row in rows]
-        n_rows += 1
+        rows, loads = [[] for _ in range(n_rows)], [(0, row) for row in range(n_rows)]      # loads: a heap
+        for i in by_length:
+            load, lightest = loads[0]
+            rows[lightest].append(i)
+            heapq.heapreplace(loads, (load + lengths[i], lightest))
+        if max(loads)[0] <= tokens_per_row:
+            return [_pack_row([pairs[i] for i in row or by_length[-1:]], row) for row in rows]
+        n_rows += ranks
 
 
-def _pack_row(pairs):
+def _pack_row(pairs, indices):
     tokens = [token for pair in pairs for token in pair.prompt + pair.chosen + pair.rejected]
-    return PackedPairs(torch.tensor(tokens), [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], pairs)
+    lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    return PackedPairs(torch.tensor(tokens), lengths, pairs, indices)

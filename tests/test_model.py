@@ -220,7 +220,7 @@ def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, f
     model, seen = load_model(folders["llama3"]), []
     model.recompute = recompute
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda *_: seen.append(1))
+        layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
     gradients(model, packed_losses(model, [[0]]))
     assert len(seen) == runs * SMALL["num_hidden_layers"]
 
