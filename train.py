@@ -309,15 +309,31 @@ def reference_logps(model, pairs, config):
 
 # --- ranks and shards -------------------------------------------------------------------------------------------------
 
+def ranks_store():
+    """(store, rank, number of ranks): through the store the ranks that torchrun started find each other. Without torchrun
+    there is this process alone."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, world = next(dist.rendezvous("env://"))
+    # On one node torchrun keeps the store over restarts, and what the dead left in it would be taken for the living.
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    return dist.PrefixStore(f"attempt {restart_count() if one_node else 0}", store), rank, world
+
+
+def restart_count():
+    """How often torchrun has started this rank again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join_ranks(config):
     """Joins the ranks that torchrun started, or forms a group of this one process. Returns this rank's device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                            timeout=timedelta(minutes=config.timeout_minutes), **alone)
+    store, rank, world = ranks_store()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=config.timeout_minutes))
     return device
 
 
@@ -373,14 +389,13 @@ def clip_gradients(model, max_norm):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def claim_output(config):
+def claim_output(config, resume):
     """The run folder, made if need be. ValueError if it holds another run that is not to be resumed. Rank 0 only."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if config.output:
         output = Path(config.output)
-        if not (config.resume or restarts) and output.exists() and any(output.iterdir()):
+        if not resume and output.exists() and any(output.iterdir()):
             raise ValueError(f"output folder {output} is not empty; --resume to go on with its run, or name a new one")
-    elif config.resume or restarts:
+    elif resume:
         raise ValueError("a run can be resumed only by the name of its folder; give --output")
     else:
         free = next(n for n in range(1, 10**6) if not Path(f"runs/{config.method}-{n:03d}").exists())
@@ -525,6 +540,7 @@ def noted_signals():
         noted[number] = 1
         for s in noted:
             signal.signal(s, signal.SIG_DFL)
+        say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and saved; another stops at once")
 
     before = {s: signal.signal(s, note) for s in noted}
     try:
@@ -721,10 +737,12 @@ def run(config, device):
     optimizer = make_optimizer(model, config)
 
     # 3. The run folder, and where in the run this call begins.
-    output = from_rank_0(lambda: claim_output(config))
+    restarts = torch.tensor(restart_count())
+    dist.all_reduce(restarts, dist.ReduceOp.MAX)        # torchrun tells only the node that failed
+    output = from_rank_0(lambda: claim_output(config, config.resume or restarts.item() > 0))
     from_rank_0(lambda: check_same_run(output, identity_of(config, model, pairs, held_out)))
     first, checkpoint = from_rank_0(lambda: newest_checkpoint(output, len(steps)))
-    lines = from_rank_0(lambda: read_metrics(output, first))
+    lines = from_rank_0(lambda: read_metrics(output, first) if checkpoint else [])
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
     if first == len(steps):
         say(f"resume   {checkpoint} is the end of this run; nothing to do")
@@ -842,9 +860,16 @@ def run(config, device):
     return evaluations
 
 
+def first_to_fail(store):
+    try:
+        return store.add("failed", 1) == 1
+    except dist.DistError:      # its host is gone, so somebody was
+        return False
+
+
 def start(argv):
     """main, with one message from the first rank to fail and exit status 1 on all."""
-    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    store, rank, world = ranks_store()
     try:
         config = parse_config(argv)
         if config.plan is not None:
@@ -852,12 +877,19 @@ def start(argv):
         else:
             main(config)
     except Exception as e:
-        if store.add("failed", 1) == 1:
-            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-            if isinstance(e, (ValueError, OSError)):
-                print(f"error{rank}: {e}", file=sys.stderr, flush=True)
+        if first_to_fail(store):
+            message = None
+            if isinstance(e, torch.OutOfMemoryError):
+                message = f"{e}\n--plan estimates what a GPU has to hold; --recompute, a smaller --tokens_per_micro_batch, " \
+                          "--sync_every_micro_batch and --cpu_offload lower it"
+            elif isinstance(e, dist.DistError) or "gloo" in str(e):
+                message = f"another rank died or did not answer in {config.timeout_minutes:g} minutes: " + str(e).split("\n")[0]
+            elif isinstance(e, (ValueError, OSError)):
+                message = str(e)
             else:
                 traceback.print_exc()
+            if message:
+                print(f"error{f' (rank {rank})' if world > 1 else ''}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

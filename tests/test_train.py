@@ -170,9 +170,9 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
 def test_without_arguments_it_is_the_tiny_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_config([])
-    assert Path(config.model).resolve() == TINY / "model" and claim_output(config) == Path("runs/alphapo-001")
+    assert Path(config.model).resolve() == TINY / "model" and claim_output(config, False) == Path("runs/alphapo-001")
     assert (config.alpha, config.beta, config.gamma_beta_ratio) == (0.25, 2.5, 0.1)
-    assert claim_output(parse_config(["--seed", "3"])) == Path("runs/alphapo-002")
+    assert claim_output(parse_config(["--seed", "3"]), False) == Path("runs/alphapo-002")
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
@@ -225,7 +225,7 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         main(tiny_config(tmp_path))
     with pytest.raises(ValueError, match="give --output"):
-        claim_output(parse_config(["--resume"]))
+        main(parse_config(["--resume"]))
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,176 @@
+"""Several ranks for the tests: processes forked from one that has imported everything, so that a start takes no time.
+
+Each has the environment that torchrun gives, one thread, and its output in a file.
+"""
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch._dynamo        # which the first parameter without memory imports: better once than in every rank
+import torch.distributed.checkpoint.state_dict
+
+import train
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])   # for the server
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ranks"])
+
+
+class Ranks:
+    """`world` processes that run function(*args), on `nodes` pretended nodes. Outputs are in folder/rank-N.log."""
+
+    def __init__(self, world, folder, function, *args, nodes=1, **environment):
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)   # as torchrun's
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(world)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % (world // nodes),
+                   "LOCAL_WORLD_SIZE": world // nodes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
+                   "TORCHELASTIC_USE_AGENT_STORE": True, **environment}
+            self.processes.append(FORKS.Process(target=_rank, args=(env, log, function, args)))
+            self.processes[-1].start()
+
+    def join(self, timeout=120):
+        """Waits for all; returns their exit codes. As torchrun does, it ends the others once one has failed."""
+        end = time.time() + timeout
+        while any(p.is_alive() for p in self.processes) and not any(p.exitcode for p in self.processes):
+            if time.time() > end:
+                self.kill()
+                raise TimeoutError(f"ranks still run after {timeout} s:\n{self.output()}")
+            time.sleep(0.01)
+        for p in self.processes:
+            p.join(10)      # after a failure: time to fail by themselves
+        self.kill()
+        return [p.exitcode for p in self.processes]
+
+    def kill(self):
+        for p in self.processes:
+            p.kill()
+            p.join()
+
+    def output(self):
+        return "\n".join(log.read_text() for log in self.logs if log.exists())
+
+
+def _rank(env, log, function, args):
+    os.environ |= {name: str(value) for name, value in env.items()}
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    function(*args)
+
+
+def run_ranks(world, folder, function, *args, **options):
+    """Runs function(*args) on `world` ranks to the end; AssertionError with their output if one fails."""
+    ranks = Ranks(world, folder, function, *args, **options)
+    codes = ranks.join()
+    assert codes == [0] * world, f"exit codes {codes}\n{ranks.output()}"
+    return ranks.output()
+
+
+# --- what the ranks of the tests run, beside train.main and train.start ---------------------------------------------
+
+def start_with(change, *args):
+    """train.start(the last argument), after change(the ones before) has been made in this process."""
+    *change_args, argv = args
+    change(*change_args)
+    train.start(argv)
+
+
+def not_finite(lines):
+    """The pairs of these lines of any data file get a loss that is not a number."""
+    whole = train.pair_loss
+
+    def pair_loss(config, pair, chosen, rejected):
+        losses, *rewards = whole(config, pair, chosen, rejected)
+        return losses * (math.nan if int(pair.source.rsplit(":")[-1]) in lines else 1), *rewards
+    train.pair_loss = pair_loss
+
+
+def fails_at_step(rank, step, how):
+    """One rank raises, is killed or hangs in the middle of a step."""
+    whole = train.learning_rate
+
+    def learning_rate(i, total, config):
+        if i == step and int(os.environ["RANK"]) == rank and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "hangs":
+                time.sleep(1000)
+            raise ValueError("this rank gives up")
+        return whole(i, total, config)
+    train.learning_rate = learning_rate
+
+
+def slow_pairs(seconds):
+    whole = train.pair_loss
+
+    def pair_loss(*args):
+        time.sleep(seconds)
+        return whole(*args)
+    train.pair_loss = pair_loss
+
+
+def small_disk(free):
+    train.shutil.disk_usage = lambda path: type("Usage", (), {"free": free})
+
+
+def small_files(size):
+    """No file may grow beyond `size` bytes: what a disk that fills up while it is written to looks like."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def save_gradients(config, path):
+    """Losses and clipped gradients of the first 16 pairs, whole, to `path`."""
+    device = train.join_ranks(config)
+    model = train.load_sharded(config, device)
+    tokenizer = train.load_tokenizer(config.model)
+    chat = train.load_chat_format(config.model, tokenizer)
+    pairs = train.load_pairs(config.data, chat, config.max_length, config.max_prompt_length)[0][:16]
+    world = torch.distributed.get_world_size()
+    rows = train.pack(pairs, config.tokens_per_micro_batch, world)
+    results, _ = train.run_rows(model, rows, config, grad_scale=world / len(pairs))
+    norm = train.clip_gradients(model, config.max_grad_norm)
+    whole = lambda t: t.full_tensor() if isinstance(t, train.DTensor) else t
+    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    if torch.distributed.get_rank() == 0:
+        torch.save({"results": results, "norm": norm, "grads": grads}, path)
+    torch.distributed.destroy_process_group()
+
+
+def load_and_save(config, path, shard_bytes):
+    device = train.join_ranks(config)
+    train.save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
+    torch.distributed.destroy_process_group()
+
+
+def peak_of_loading(config, path):
+    """Loads the model and writes the growth of this rank's memory meanwhile: its own, and pages of files; in bytes."""
+    def resident():
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return [int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
+
+    device = train.join_ranks(config)
+    torch.distributed.all_reduce(torch.zeros(1))        # connections have their buffers
+    peak, done, before = [0, 0], threading.Event(), resident()
+
+    def watch():
+        while not done.wait(0.001):
+            peak[:] = map(max, peak, resident())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = train.load_sharded(config, device)
+    done.set()
+    watcher.join()
+    held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    growth = [p - b for p, b in zip(peak, before)]
+    Path(f"{path}-{torch.distributed.get_rank()}.json").write_text(json.dumps([held, *growth]))
+    torch.distributed.destroy_process_group()
