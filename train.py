@@ -473,8 +473,10 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         writing.rename(folder)
         done = sorted(f for f in output.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name))
         for old in done[:-config.keep_last] if config.keep_last else []:
-            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
+            old.rename(old.with_suffix(".incomplete"))      # never half of a checkpoint under the name of a whole one
             print(f"deleted  {old}, older than the last {config.keep_last}")
+        for rest in output.glob("step-*.incomplete"):
+            shutil.rmtree(rest)
 
     from_rank_0(prepare)
     try:
@@ -662,22 +664,28 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
           f"         chosen   [{show(shortest.chosen)}]\n         rejected [{show(shortest.rejected)}]", flush=True)
 
 
+def kept_per_token(c, recompute):
+    """Numbers kept for the backward pass per token of a row, of a model with ModelConfig c."""
+    # In a block: inputs of two norms and what follows them, queries, keys and values (the prompt's twice) and what comes
+    # of them (twice), gate, up, silu(gate) and their product.
+    inside = 4 * c.dim + 5 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim + 4 * c.hidden_dim
+    return c.n_layers * c.dim + inside if recompute else c.n_layers * inside
+
+
 def plan(config):
     """Prints what each of so many GPUs would hold at its fullest, from config.json alone: an estimate, but for `state`.
 
-    n weights over S ranks; state: fp32 weight, gradient and two moments. gathered: weights, and their gradients in bf16
-    and fp32, of the root and of two blocks. waiting: whole fp32 gradients between the micro-batches of a step.
+    state: fp32 weights, gradients and two moments, divided by the ranks they are sharded over. waiting: whole fp32
+    gradients, between the micro-batches of a step. gathered: bf16 weights of the root and of two blocks, gradients of one
+    in bf16 and fp32. activations: of a full row. logits: of one pair, in fp32 and bf16, and their gradient.
     """
     c = read_config(config.model)
     with torch.device("meta"):
         model = Transformer(c)
     n, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.model.layers[0].parameters())
     root, T, size = n - c.n_layers * block, config.tokens_per_micro_batch, 2
-    # Kept for the backward pass per token: input of a block; inputs of its norms, projections, attention and products.
-    inside = 4 * c.dim + 5 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim + 4 * c.hidden_dim
-    kept = (c.n_layers * c.dim + inside) if config.recompute else c.n_layers * inside
     longest = max(1, min(MAX_LOGITS // c.vocab_size, 2 * config.max_length))                    # responses of one pair
-    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block), "activations": size * T * kept,
+    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block), "activations": size * T * kept_per_token(c, config.recompute),
              "logits": (4 + 2 * size) * longest * c.vocab_size}
     print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
           f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")

@@ -174,3 +174,17 @@ def peak_of_loading(config, path):
     growth = [p - b for p, b in zip(peak, before)]
     Path(f"{path}-{torch.distributed.get_rank()}.json").write_text(json.dumps([held, *growth]))
     torch.distributed.destroy_process_group()
+
+
+def state_of_a_rank(config, path):
+    """Bytes of weights, gradients and moments on this rank after a step."""
+    device = train.join_ranks(config)
+    model = train.load_sharded(config, device)
+    optimizer = train.make_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.numel() > 1]
+    Path(f"{path}-{torch.distributed.get_rank()}.json").write_text(
+        json.dumps(sum(t.to_local().numel() * t.element_size() for t in tensors)))
+    torch.distributed.destroy_process_group()

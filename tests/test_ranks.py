@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import ranks
 import train
-from model import load_model
+from model import ModelConfig, load_model
 from ranks import Ranks, run_ranks
+from small import random_pairs
 from train import main, parse_config
 
 ROOT = Path(train.__file__).parent
@@ -516,6 +517,32 @@ def test_no_rank_holds_more_than_its_slices_while_a_gigabyte_is_loaded(data, tmp
         assert sum(sizes) > 1e9 and held == 2 * sum(shape.numel() for shape in shapes.values())        # half of fp32
         assert own <= held + 2 * largest_slice        # the bf16 slice at hand
         assert of_files <= 0.5 * max(sizes) + 60e6     # half of one file, and pages of libraries
+
+
+def test_the_plan_counts_the_state_of_each_rank_exactly(data, tmp_path, capsys):
+    run_ranks(2, tmp_path, ranks.state_of_a_rank, config(data, "", **FLOAT32), tmp_path / "state")
+    held = [json.loads((tmp_path / f"state-{rank}.json").read_text()) for rank in (0, 1)]
+    n = sum(p.numel() for p in load_model(MODEL).parameters())
+    assert sum(held) == 16 * n and max(held) == min(held)
+    train.plan(config(data, "", plan="2"))
+    assert re.search(rf"\n +2 +{16 * n / 2 / 1e9:.1f} ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("lengths", [(200, 300, 300), (500, 100, 100), (20, 400, 300)])
+def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
+    c = ModelConfig(vocab_size=60, dim=256, n_layers=3, n_heads=4, n_kv_heads=1, head_dim=64, hidden_dim=896, norm_eps=1e-5,
+                    rope_theta=1e4, max_positions=4096)
+    model, (row,), storages = train.Transformer(c), train.pack(random_pairs([lengths] * 3), 10**6), {}
+
+    def keep(t):
+        storages[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.response_states(row.tokens, row.lengths)
+    for p in model.parameters():
+        storages.pop(p.data_ptr(), None)
+    kept = sum(t.untyped_storage().nbytes() for t in storages.values()) / 4 / len(row.tokens)
+    assert kept == pytest.approx(train.kept_per_token(c, recompute=False), rel=0.15)
 
 
 def test_weights_are_fp32_so_that_a_step_at_a_small_learning_rate_moves_them(data, tmp_path):
