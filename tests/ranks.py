@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 import torch._dynamo        # which the first parameter without memory imports: better once than in every rank
 import torch.distributed.checkpoint.state_dict
+from torch.distributed.tensor import DTensor
 
 import train
+from model import save_model
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])   # for the server
 FORKS = multiprocessing.get_context("forkserver")
@@ -120,7 +123,7 @@ def slow_pairs(seconds):
 
 
 def small_disk(free):
-    train.shutil.disk_usage = lambda path: type("Usage", (), {"free": free})
+    shutil.disk_usage = lambda path: type("Usage", (), {"free": free})
 
 
 def small_files(size):
@@ -139,7 +142,7 @@ def save_gradients(config, path):
     rows = train.pack(pairs, config.tokens_per_micro_batch, world)
     results, _ = train.run_rows(model, rows, config, grad_scale=world / len(pairs))
     norm = train.clip_gradients(model, config.max_grad_norm)
-    whole = lambda t: t.full_tensor() if isinstance(t, train.DTensor) else t
+    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
     grads = {name: whole(p.grad) for name, p in model.named_parameters()}
     if torch.distributed.get_rank() == 0:
         torch.save({"results": results, "norm": norm, "grads": grads}, path)
@@ -148,7 +151,7 @@ def save_gradients(config, path):
 
 def load_and_save(config, path, shard_bytes):
     device = train.join_ranks(config)
-    train.save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
+    save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
     torch.distributed.destroy_process_group()
 
 

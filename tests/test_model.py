@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import model as model_py
 from alphapo import alphapo_loss, average_logps
 from make_golden import CASES, GOLDEN, ROWS, SMALL, TOKENS, transformers_checkpoint, write_checkpoint
-from model import ModelConfig, TargetLogps, Transformer, load_model, read_config, save_model
+from model import ModelConfig, TargetLogps, load_model, read_config, save_model
 
 GOLDEN = json.loads(GOLDEN.read_text())
 

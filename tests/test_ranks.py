@@ -2,7 +2,6 @@
 
     python -m pytest tests/test_ranks.py
 """
-import dataclasses
 import json
 import os
 import random
@@ -22,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import ranks
 import train
-from model import ModelConfig, load_model
+from distributed import kept_per_token
+from model import ModelConfig, Transformer, load_model, read_config, save_model
 from ranks import Ranks, run_ranks
 from small import random_pairs
 from train import main, parse_config
@@ -429,7 +429,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(output, data, tmp_path):
 
 
 def test_a_missing_shard_of_the_model_is_one_error(data, tmp_path):
-    train.save_model(load_model(MODEL), tmp_path / "model", like=MODEL, shard_bytes=300_000)
+    save_model(load_model(MODEL), tmp_path / "model", like=MODEL, shard_bytes=300_000)
     lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     lost.unlink()
     running = Ranks(2, tmp_path, train.start, flags(data, tmp_path / "out", model=tmp_path / "model"))
@@ -503,7 +503,7 @@ def test_no_rank_holds_more_than_its_slices_while_a_gigabyte_is_loaded(data, tmp
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in train.Transformer(train.read_config(folder)).named_parameters()}
+        shapes = {name: p.shape for name, p in Transformer(read_config(folder)).named_parameters()}
     names = sorted(shapes)
     for i in range(3):
         save_file({n: torch.full(shapes[n], 0.01, dtype=torch.bfloat16) for n in names[i::3]}, folder / f"model-{i}.safetensors")
@@ -528,11 +528,35 @@ def test_the_plan_counts_the_state_of_each_rank_exactly(data, tmp_path, capsys):
     assert re.search(rf"\n +2 +{16 * n / 2 / 1e9:.1f} ", capsys.readouterr().out)
 
 
+PLANNED = {      # README's table: the model as (dim, layers, heads, vocabulary), other flags
+    "Mistral-7B-Instruct-v0.2": ((4096, 32, 32, 32000), [[], ["--sync_every_micro_batch"]]),
+    "Meta-Llama-3-8B-Instruct": ((4096, 32, 32, 128256), [[], ["--sync_every_micro_batch"]]),
+    "Meta-Llama-3-70B-Instruct": ((8192, 80, 64, 128256), [["--sync_every_micro_batch"]]),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
+    (dim, n_layers, n_heads, vocab_size), ways = PLANNED[name]
+    settings = {"model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 7 // 2, "num_hidden_layers": n_layers,
+                "num_attention_heads": n_heads, "num_key_value_heads": 8, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    readme = (ROOT / "README.md").read_text()
+    row = readme.index(f"| {name}")
+    for way in ways:
+        train.start(["--model", str(tmp_path), "--recompute", "--plan", *way])
+        totals = [line.split()[6] for line in capsys.readouterr().out.splitlines()[2:]]
+        cells = readme[row:].split("\n", 1)[0].split("|")[2:5]
+        assert [float(cell) for cell in cells] == [round(float(total)) for total in totals]
+        row = readme.index("\n", row) + 1
+
+
 @pytest.mark.parametrize("lengths", [(200, 300, 300), (500, 100, 100), (20, 400, 300)])
 def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
     c = ModelConfig(vocab_size=60, dim=256, n_layers=3, n_heads=4, n_kv_heads=1, head_dim=64, hidden_dim=896, norm_eps=1e-5,
                     rope_theta=1e4, max_positions=4096)
-    model, (row,), storages = train.Transformer(c), train.pack(random_pairs([lengths] * 3), 10**6), {}
+    model, (row,), storages = Transformer(c), train.pack(random_pairs([lengths] * 3), 10**6), {}
 
     def keep(t):
         storages[t.untyped_storage().data_ptr()] = t
@@ -542,7 +566,7 @@ def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
     for p in model.parameters():
         storages.pop(p.data_ptr(), None)
     kept = sum(t.untyped_storage().nbytes() for t in storages.values()) / 4 / len(row.tokens)
-    assert kept == pytest.approx(train.kept_per_token(c, recompute=False), rel=0.15)
+    assert kept == pytest.approx(kept_per_token(c, recompute=False), rel=0.15)
 
 
 def test_weights_are_fp32_so_that_a_step_at_a_small_learning_rate_moves_them(data, tmp_path):

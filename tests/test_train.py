@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import train
 from data.preference import load_pairs, pack
+from distributed import claim_output, join_ranks
 from model import load_model
 from small import random_pairs, sequence_logp, small_model
 from tokenizer import load_chat_format, load_tokenizer
-from train import (TrainConfig, claim_output, join_ranks, learning_rate, main, make_optimizer, parse_config,
-                   reference_logps, resolve_config, run_row)
+from train import TrainConfig, learning_rate, main, make_optimizer, parse_config, reference_logps, resolve_config, run_row
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
