@@ -273,7 +273,8 @@ def noted_signals():
         noted[number] = 1
         for s in noted:
             signal.signal(s, signal.SIG_DFL)
-        say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and saved; another stops at once")
+        say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and saved; another stops at "
+            "once")
 
     before = {s: signal.signal(s, note) for s in noted}
     try:
@@ -306,7 +307,8 @@ def plan(config):
     n, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.model.layers[0].parameters())
     root, T, size = n - c.n_layers * block, config.tokens_per_micro_batch, 2
     longest = max(1, min(MAX_LOGITS // c.vocab_size, 2 * config.max_length))                    # responses of one pair
-    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block), "activations": size * T * kept_per_token(c, config.recompute),
+    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block),
+             "activations": size * T * kept_per_token(c, config.recompute),
              "logits": (4 + 2 * size) * longest * c.vocab_size}
     print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
           f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")
@@ -319,5 +321,5 @@ def plan(config):
         waiting = 0 if config.sync_every_micro_batch else 4 * n
         print(f"{gpus:>6}{state / 1e9:>10.1f}" + "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
               + f"{waiting / 1e9:>10.1f}{(state + sum(parts.values()) + waiting) / 1e9:>10.1f}   "
-              f"{config.pairs_per_step} pairs, {config.pairs_per_step / gpus:g} a GPU; one row each, and nothing waiting, "
-              f"up to {row:.0f} tokens a pair")
+              f"{config.pairs_per_step} pairs, {config.pairs_per_step / gpus:g} a GPU; one row each, and nothing waiting, up "
+              f"to {row:.0f} tokens a pair")

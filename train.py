@@ -32,9 +32,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
 from data.preference import epoch_steps, hold_out, load_pairs, pack, read_jsonl
-from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail, forget_gathered_weights,
-                         from_rank_0, join_ranks, load_checkpoint, load_sharded, newest_checkpoint, noted_signals, plan,
-                         ranks_store, read_metrics, restart_count, save_checkpoint, say, write_whole)
+from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail,
+                         forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
+                         newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
+                         save_checkpoint, say, write_whole)
 from generate import answer
 from tokenizer import load_chat_format, load_tokenizer
 
@@ -129,6 +130,7 @@ def parse_config(argv):
             parser.add_argument("--plan", nargs="*", type=int, metavar="GPUS")
         else:
             parser.add_argument(f"--{name}", type=float if kind == float | None else kind, metavar=name.upper())
+
     def error(message):
         raise ValueError(f"{message}; --help lists the flags")
     parser.error = error        # one line from one rank, as for every other error
@@ -148,7 +150,8 @@ def read_recipe(path, types):
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     for name, value in values.items():
         if name not in types or name in CALL:
-            raise ValueError(f"{path}: unknown key {name!r}; expected one of {', '.join(n for n in types if n not in CALL)}")
+            raise ValueError(f"{path}: unknown key {name!r}; expected one of "
+                             f"{', '.join(n for n in types if n not in CALL)}")
         kind = types[name]
         wanted = {float: (int, float), float | None: (int, float), list[str]: (list,)}.get(kind, (kind,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
@@ -394,8 +397,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     c = model.config
     print(f"method   {config.method}: {knobs}" + (f", sft_weight {config.sft_weight:g}" if config.sft_weight else ""))
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
-          f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary {c.vocab_size}, window "
-          f"{c.window or 'none'}")
+          f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary "
+          f"{c.vocab_size}, window {c.window or 'none'}")
     print(f"ranks    {world} on {model.device.type}, weights "
           + ("whole on the one" if not isinstance(model, FSDPModule) else
              f"sharded over {local if config.shard_within_node else world}"
@@ -409,8 +412,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     print(f"lengths  tokens, least / median / 90 % / most: prompt {quantiles([len(p.prompt) for p in pairs])}; chosen "
           f"{quantiles([len(p.chosen) for p in pairs])}; rejected {quantiles([len(p.rejected) for p in pairs])}")
     print(f"batch    {config.pairs_per_step} pairs a step of {statistics.mean(map(len, pairs)):.0f} tokens on average, "
-          f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a rank); {config.epochs} epochs of "
-          f"{math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
+          f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a rank); "
+          f"{config.epochs} epochs of {math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
     shortest = min(pairs, key=len)
     show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids)
     print(f"pair     {shortest.source}, token by token; [scored]:\n         prompt    {show(shortest.prompt)}\n"
@@ -431,8 +434,8 @@ def main(config):
 
 
 def run(config, device):
-    world = dist.get_world_size()
     # 1. Data: tokens of all pairs, in the memory of every rank.
+    world = dist.get_world_size()
     tokenizer = load_tokenizer(config.model)
     chat = load_chat_format(config.model, tokenizer, config.chat_format or None)
     limits = config.max_length, config.max_prompt_length
@@ -445,7 +448,7 @@ def run(config, device):
     steps = [step for epoch in range(config.epochs)
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
-    pack(pairs + held_out, config.tokens_per_micro_batch)      # a pair that no row can hold is known before the first step
+    pack(pairs + held_out, config.tokens_per_micro_batch)   # a pair that no row can hold is known before the first step
     judge = Judge(config, tokenizer, chat) if config.judge else None
 
     # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
@@ -476,8 +479,8 @@ def run(config, device):
         write_config(config, output / "config.toml")
         report(config, model, tokenizer, chat, pairs, held_out, dropped, len(steps))
 
-    # What a checkpoint holds beside weights and moments. DPO compares with the model as it was at step 0; its log-probs
-    # are computed once and no second model is kept. `start` are the scores of the held-out pairs at step 0.
+    # What a checkpoint holds beside weights and moments: `start`, the scores of the held-out pairs at step 0, and
+    # `reference`, the log-probs of all pairs then, which DPO compares with; no second model is kept.
     progress = {"step": first, "skipped": 0, "skipped_in_a_row": 0,
                 "start": torch.zeros(len(held_out), 5, dtype=torch.float64),
                 "reference": torch.zeros(len(pairs + held_out), 2, dtype=torch.float64)}
@@ -507,8 +510,8 @@ def run(config, device):
             m = metrics_of(results, progress["start"])
             say(f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  margin "
                 f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}; since "
-                f"step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}, chosen fell "
-                f"in {m['displacement/fell']:.0%} of {len(results)} pairs")
+                f"step 0: chosen {m['displacement/chosen']:+.4f}, rejected {m['displacement/rejected']:+.4f}, chosen "
+                f"fell in {m['displacement/fell']:.0%} of {len(results)} pairs")
         if judge:
             answers, scores = judge(model)
             m["judge_score"] = statistics.mean(scores)
@@ -550,8 +553,8 @@ def run(config, device):
 
             now = time.time()
             left = (now - started) / (i + 1 - first) * (len(steps) - i - 1)
-            m = {"step": i + 1} | metrics_of(results) | {"grad_norm": grad_norm, "learning_rate": lr, "pairs": len(batch),
-                                                   **work_of(rows, now - began), "skipped": progress["skipped"]}
+            m = {"step": i + 1, **metrics_of(results), "grad_norm": grad_norm, "learning_rate": lr, "pairs": len(batch),
+                 **work_of(rows, now - began), "skipped": progress["skipped"]}
             if not applied:
                 m["not_finite"] = [pair.source for pair, f in zip(batch, finite) if not f or all(finite)]
             log(m)
@@ -563,8 +566,8 @@ def run(config, device):
                 say(f"skipped  step {i + 1}: {what} {', '.join(m['not_finite'][:8])}"
                     + (f" and {len(m['not_finite']) - 8} more" if len(m["not_finite"]) > 8 else ""))
             if progress["skipped_in_a_row"] == MAX_SKIPPED:
-                raise ValueError(f"step {i + 1}: {MAX_SKIPPED} steps in a row were not finite and not applied. The pairs are "
-                                 f"named above and in {output}/metrics.jsonl; checkpoints are as they were")
+                raise ValueError(f"step {i + 1}: {MAX_SKIPPED} steps in a row were not finite and not applied. The pairs "
+                                 f"are named above and in {output}/metrics.jsonl; checkpoints are as they were")
 
             stopping = [number for number, n in zip(noted, signals.tolist()) if n]
             if due(i + 1, config.eval_every) and not stopping:
@@ -573,7 +576,8 @@ def run(config, device):
                 folder = save_checkpoint(model, optimizer, progress, config, output, last=False)
                 say(f"saved    {folder}")
             if stopping and i + 1 < len(steps):
-                say(f"stopped  by {signal.Signals(stopping[0]).name} after step {i + 1}; --resume --output {output} goes on")
+                say(f"stopped  by {signal.Signals(stopping[0]).name} after step {i + 1}; --resume --output {output} goes "
+                    "on")
                 raise SystemExit(128 + stopping[0])
         evaluate(len(steps))
 
@@ -594,18 +598,16 @@ def start(argv):
             main(config)
     except Exception as e:
         if first_to_fail(store):
-            message = None
+            message = str(e)
             if isinstance(e, torch.OutOfMemoryError):
-                message = f"{e}\n--plan estimates what a GPU has to hold; --recompute, a smaller --tokens_per_micro_batch, " \
-                          "--sync_every_micro_batch and --cpu_offload lower it"
-            elif isinstance(e, dist.DistError) or "gloo" in str(e):
-                message = f"another rank died or did not answer in {config.timeout_minutes:g} minutes: " + str(e).split("\n")[0]
-            elif isinstance(e, (ValueError, OSError)):
-                message = str(e)
-            else:
-                traceback.print_exc()
-            if message:
-                print(f"error{f' (rank {rank})' if world > 1 else ''}: {message}", file=sys.stderr, flush=True)
+                message += ("\n--plan estimates what a GPU has to hold; --recompute, a smaller --tokens_per_micro_batch, "
+                            "--sync_every_micro_batch and --cpu_offload lower it")
+            elif isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and "gloo" in message:
+                message = (f"another rank died or did not answer in {config.timeout_minutes:g} minutes "
+                           f"({message.splitlines()[0]})")
+            elif not isinstance(e, (ValueError, OSError)):      # of ours: the way there helps
+                message = traceback.format_exc()
+            print(f"error{f' (rank {rank})' if world > 1 else ''}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 import train
 from model import save_model
 
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])   # for the server
+# The server that forks them starts as a program of its own and imports this file.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ranks"])
 

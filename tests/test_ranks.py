@@ -143,8 +143,8 @@ def test_losses_and_clipped_gradients_of_an_fp32_step_are_the_same_on_any_number
                                                                                           tmp_path):
     # against one rank in float64: no rounding of the reference's own
     run_ranks(1, tmp_path, ranks.save_gradients, config(data, "", max_grad_norm=0.5), tmp_path / "one.pt")
-    run_ranks(world, tmp_path, ranks.save_gradients, config(data, "", max_grad_norm=0.5, tokens_per_micro_batch=120, **FLOAT32,
-                                                            **options), tmp_path / "many.pt", nodes=nodes)
+    options |= {"max_grad_norm": 0.5, "tokens_per_micro_batch": 120, **FLOAT32}
+    run_ranks(world, tmp_path, ranks.save_gradients, config(data, "", **options), tmp_path / "many.pt", nodes=nodes)
     one, many = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "many.pt")
     torch.testing.assert_close(many["results"], one["results"], rtol=1e-5, atol=1e-6)
     assert one["norm"] > 1 and many["norm"] == pytest.approx(one["norm"], rel=1e-5)
@@ -171,7 +171,8 @@ def cut_back(output, copy):
     return copy
 
 
-@pytest.mark.parametrize("world, options", [(1, {}), (2, {}), (2, {"method": "dpo"}), (3, {"tokens_per_micro_batch": 90})], ids=str)
+@pytest.mark.parametrize("world, options", [
+    (1, {}), (2, {}), (2, {"method": "dpo"}), (3, {"tokens_per_micro_batch": 90})], ids=str)
 def test_a_resumed_run_equals_one_that_was_not_disturbed_bit_for_bit(world, options, data, tmp_path):
     options |= FLOAT32
     run_ranks(world, tmp_path, main, config(data, tmp_path / "whole", **options))
@@ -186,7 +187,8 @@ def test_a_resumed_run_equals_one_that_was_not_disturbed_bit_for_bit(world, opti
 def test_a_run_may_be_resumed_on_another_number_of_ranks(before, after, data, one_rank, tmp_path):
     run_ranks(before, tmp_path, main, config(data, tmp_path / "whole"))
     cut = cut_back(tmp_path / "whole", tmp_path / "cut")
-    run_ranks(after, tmp_path, main, config(data, cut, resume=True, tokens_per_micro_batch=150, recompute=True, keep_last=1))
+    options = {"tokens_per_micro_batch": 150, "recompute": True, "keep_last": 1}
+    run_ranks(after, tmp_path, main, config(data, cut, resume=True, **options))
     assert_same_metrics(cut, one_rank["alphapo"], rel=1e-8)
     assert largest_difference(weights(cut), weights(one_rank["alphapo"])) <= 1e-8
     assert not (cut / "step-000010").exists()       # keep_last
@@ -214,9 +216,12 @@ def test_incomplete_checkpoints_are_passed_over_and_named(data, tmp_path, capsys
 
 @pytest.mark.parametrize("changes, named", [
     ({"seed": 1}, "seed = 0, found 1"), ({"pairs_per_step": 4}, "pairs_per_step = 8, found 4"),
-    ({"method": "simpo"}, "method = 'alphapo', found 'simpo'"), ({"learning_rate": 2e-4}, "learning_rate = 0.0001, found 0.0002"),
-    ({"max_steps": 9}, "max_steps = 0, found 9"), ({"weight_dtype": "float32"}, "weight_dtype = 'float64', found 'float32'"),
-    ("data", "data = '73 pairs, sha256 .*', found '73 pairs, sha256"), ("model", "config.json's rope_theta = 10000.0, found 500.0"),
+    ({"method": "simpo"}, "method = 'alphapo', found 'simpo'"),
+    ({"learning_rate": 2e-4}, "learning_rate = 0.0001, found 0.0002"),
+    ({"max_steps": 9}, "max_steps = 0, found 9"),
+    ({"weight_dtype": "float32"}, "weight_dtype = 'float64', found 'float32'"),
+    ("data", "data = '73 pairs, sha256 .*', found '73 pairs, sha256"),
+    ("model", "config.json's rope_theta = 10000.0, found 500.0"),
 ], ids=str)
 def test_a_change_that_alters_the_run_is_refused_by_name(changes, named, data, one_rank, tmp_path):
     if changes == "data":
@@ -239,7 +244,8 @@ def test_data_and_model_may_have_moved(data, tmp_path):
     shutil.rmtree(tmp_path / "whole/step-000004")
     shutil.copytree(MODEL, tmp_path / "model")
     shutil.copy(data, tmp_path / "moved.jsonl")
-    main(config(tmp_path / "moved.jsonl", tmp_path / "whole", model=tmp_path / "model", max_steps=4, save_every=2, resume=True))
+    main(config(tmp_path / "moved.jsonl", tmp_path / "whole", model=tmp_path / "model", max_steps=4, save_every=2,
+                resume=True))
     assert (tmp_path / "whole/step-000004").exists()
 
 
@@ -355,8 +361,8 @@ def test_several_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path):
 
 def torchrun(*argv, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, argv)], capture_output=True, text=True,
-                          cwd=ROOT, env=environment, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes_by_itself(data, tmp_path):
@@ -374,8 +380,8 @@ def test_a_port_in_use_is_an_error_of_torchrun_and_leaves_nothing_behind(data, t
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        done = torchrun("--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port", s.getsockname()[1], "train.py",
-                        *flags(data, tmp_path / "out"))
+        done = torchrun("--nproc_per_node", 2, "--master_addr", "127.0.0.1", "--master_port", s.getsockname()[1],
+                        "train.py", *flags(data, tmp_path / "out"))
     assert done.returncode != 0 and "in use" in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -506,7 +512,8 @@ def test_no_rank_holds_more_than_its_slices_while_a_gigabyte_is_loaded(data, tmp
         shapes = {name: p.shape for name, p in Transformer(read_config(folder)).named_parameters()}
     names = sorted(shapes)
     for i in range(3):
-        save_file({n: torch.full(shapes[n], 0.01, dtype=torch.bfloat16) for n in names[i::3]}, folder / f"model-{i}.safetensors")
+        tensors = {name: torch.full(shapes[name], 0.01, dtype=torch.bfloat16) for name in names[i::3]}
+        save_file(tensors, folder / f"model-{i}.safetensors")
     sizes = [f.stat().st_size for f in folder.glob("*.safetensors")]
     run_ranks(2, tmp_path, ranks.peak_of_loading, config(data, "", model=folder, **FLOAT32), tmp_path / "peak")
     for f in folder.glob("*.safetensors"):
@@ -538,8 +545,8 @@ PLANNED = {      # README's table: the model as (dim, layers, heads, vocabulary)
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
     (dim, n_layers, n_heads, vocab_size), ways = PLANNED[name]
-    settings = {"model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 7 // 2, "num_hidden_layers": n_layers,
-                "num_attention_heads": n_heads, "num_key_value_heads": 8, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
+    settings = {"model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 7 // 2,
+                "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": 8, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
                 "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     readme = (ROOT / "README.md").read_text()
@@ -554,8 +561,8 @@ def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("lengths", [(200, 300, 300), (500, 100, 100), (20, 400, 300)])
 def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
-    c = ModelConfig(vocab_size=60, dim=256, n_layers=3, n_heads=4, n_kv_heads=1, head_dim=64, hidden_dim=896, norm_eps=1e-5,
-                    rope_theta=1e4, max_positions=4096)
+    c = ModelConfig(vocab_size=60, dim=256, n_layers=3, n_heads=4, n_kv_heads=1, head_dim=64, hidden_dim=896,
+                    norm_eps=1e-5, rope_theta=1e4, max_positions=4096)
     model, (row,), storages = Transformer(c), train.pack(random_pairs([lengths] * 3), 10**6), {}
 
     def keep(t):
