@@ -75,7 +75,7 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps,
 def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
     """What to log of B pairs, as a dict of 0-d tensors (means over the pairs) under TRL's names.
 
-    Two margins on purpose: under AlphaPO the reward margin grows even while the log-prob margin shrinks.
+    Two margins on purpose: under AlphaPO the reward margin can grow while the log-prob margin shrinks.
     """
     return {
         "rewards/chosen": chosen_rewards.mean(),

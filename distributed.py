@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -68,9 +69,16 @@ def say(*lines):
 
 
 def from_rank_0(function):
-    """What function() returns on rank 0, on every rank; it runs on rank 0 alone. Also a barrier."""
-    box = [function() if dist.get_rank() == 0 else None]
+    """What function() returns or raises on rank 0, on every rank; it runs on rank 0 alone. Also a barrier."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except Exception as e:
+            box[1] = e
     dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
@@ -131,13 +139,18 @@ def forget_gathered_weights(model):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def claim_output(config, resume):
-    """The run folder, made if need be. ValueError if it holds another run that is not to be resumed. Rank 0 only."""
+def claim_output(config, restarted):
+    """The run folder, made if need be. ValueError if it holds something that is not to be gone on with. A rank that
+    torchrun restarted goes on without --resume, but only with what its own torchrun began. Rank 0 only."""
     if config.output:
         output = Path(config.output)
-        if not resume and output.exists() and any(output.iterdir()):
-            raise ValueError(f"output folder {output} is not empty; --resume to go on with its run, or name a new one")
-    elif resume:
+        if output.exists() and any(output.iterdir()):
+            began = read_run(output)
+            if began is None:
+                raise ValueError(f"output folder {output} is not empty and holds no run.json, so no run; name another one")
+            if not config.resume and not (restarted and began["job"] == this_job()):
+                raise ValueError(f"output folder {output} is not empty; --resume to go on with its run, or name a new one")
+    elif config.resume or restarted:
         raise ValueError("a run can be resumed only by the name of its folder; give --output")
     else:
         free = next(n for n in range(1, 10**6) if not Path(f"runs/{config.method}-{n:03d}").exists())
@@ -146,20 +159,36 @@ def claim_output(config, resume):
     return output
 
 
-def check_same_run(output, identity):
-    """Writes what makes a run what it is to run.json, or compares with what is there. ValueError names the difference.
-    Rank 0 only."""
+def this_job():
+    """The torchrun that this rank belongs to: its host and process, the same over restarts."""
+    return f"{os.uname().nodename} {os.getppid()}"
+
+
+def read_run(output):
+    """run.json of a run folder: what makes the run what it is. None without it, ValueError if it is damaged."""
     path = output / "run.json"
     if not path.exists():
-        write_whole(path, json.dumps(identity, indent=1))
-        return
-    before = json.loads(path.read_text())
+        return None
+    try:
+        run = json.loads(path.read_text())
+        if all(isinstance(run[part], dict) for part in ("config", "model", "pairs")) and "job" in run:
+            return run
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: damaged; expected what a run wrote there when it began. Name a new output folder")
+
+
+def check_same_run(output, identity):
+    """Compares what makes a run what it is with run.json, if there is one, and writes it there. ValueError names the
+    difference. Rank 0 only."""
+    before = read_run(output) or identity
     for part, title in (("config", "{}"), ("model", "config.json's {}"), ("pairs", "{}")):
         for name in identity[part]:
             old, new = before[part].get(name), identity[part][name]
             if old != new:
                 raise ValueError(f"{output}: its run has {title.format(name)} = {old!r}, found {new!r} now; resume it "
                                  "as it was started, or name a new output folder")
+    write_whole(output / "run.json", json.dumps({"job": this_job()} | identity, indent=1))
 
 
 def write_whole(path, text):
@@ -170,16 +199,20 @@ def write_whole(path, text):
 
 def newest_checkpoint(output, last_step):
     """(step, folder) of the newest complete checkpoint, (0, None) without one; says what it passes over. Rank 0 only."""
-    found = 0, None
-    for folder in sorted(output.glob("step-*")):
-        step = int(folder.name[5:]) if re.fullmatch(r"step-\d{6,}", folder.name) else None
-        if step is None:
-            print(f"resume   passing over {folder}: it was not written to the end")
-        elif step != last_step and not (folder / "train_state" / ".metadata").exists():
-            print(f"resume   passing over {folder}: it holds a model and no train_state")
-        else:
-            found = max(found, (step, folder))
-    return found
+    whole = checkpoints(output)
+    for folder in sorted(set(output.glob("step-*")) - set(whole.values())):
+        print(f"resume   passing over {folder}: it was not written to the end")
+    for step, folder in sorted(whole.items(), reverse=True):
+        is_model = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+        if is_model and (step == last_step or (folder / "train_state" / ".metadata").exists()):
+            return step, folder
+        print(f"resume   passing over {folder}: it has no {'train_state' if is_model else 'model'} in it")
+    return 0, None
+
+
+def checkpoints(output):
+    """{step: folder} of a run folder, those that bear the name of a whole one."""
+    return {int(f.name[5:]): f for f in output.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name)}
 
 
 def train_state(model, optimizer, progress):
@@ -198,14 +231,16 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         shutil.rmtree(writing, ignore_errors=True)      # of a run that was killed here
 
     def complete():
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(folder.with_suffix(".replaced.incomplete"))
         writing.rename(folder)
-        done = sorted(f for f in output.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name))
-        for old in done[:-config.keep_last] if config.keep_last else []:
+        older = sorted(step for step in checkpoints(output) if step < progress["step"])
+        for step in older[:max(0, len(older) - config.keep_last + 1)] if config.keep_last else []:
+            old = checkpoints(output)[step]
             old.rename(old.with_suffix(".incomplete"))      # never half of a checkpoint under the name of a whole one
             print(f"deleted  {old}, older than the last {config.keep_last}")
         for rest in output.glob("step-*.incomplete"):
-            shutil.rmtree(rest)
+            rest.unlink() if rest.is_symlink() else shutil.rmtree(rest)
 
     from_rank_0(prepare)
     try:
@@ -250,27 +285,29 @@ def check_space(model, config, output, last):
 
 def read_metrics(output, step):
     """The lines of metrics.jsonl up to a step, [] without the file. What a killed run logged after that is undone by
-    resuming there; its last line may be cut."""
-    lines = []
-    if (output / "metrics.jsonl").exists():
-        for line in (output / "metrics.jsonl").read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return [line for line in lines if line["step"] <= step]
+    resuming there. Lines that cannot be read, as the last one may be then, are left out, and told."""
+    path, lines = output / "metrics.jsonl", []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            line = json.loads(line)
+            if line["step"] <= step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            print(f"resume   {path}:{number} is damaged and left out")
+    return lines
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 @contextmanager
 def noted_signals():
-    """SIGINT and SIGTERM are only noted, in the dict that this gives: the step in hand is to be finished and saved. The
-    second one kills at once."""
+    """SIGINT and SIGTERM are only noted, in the dict that this gives: the step in hand is to be finished and saved. One
+    that comes later kills at once."""
     noted = {signal.SIGINT: 0, signal.SIGTERM: 0}
 
     def note(number, _):
         noted[number] = 1
+        time.sleep(1)       # copies of the same signal, from a launcher and from torchrun, arrive here and count as one
         for s in noted:
             signal.signal(s, signal.SIG_DFL)
         say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and saved; another stops at "
@@ -305,11 +342,11 @@ def plan(config):
     with torch.device("meta"):
         model = Transformer(c)
     n, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.model.layers[0].parameters())
-    root, T, size = n - c.n_layers * block, config.tokens_per_micro_batch, 2
+    root, T, bf16 = n - c.n_layers * block, config.tokens_per_micro_batch, 2
     longest = max(1, min(MAX_LOGITS // c.vocab_size, 2 * config.max_length))                    # responses of one pair
-    parts = {"gathered": size * (root + 2 * block) + (size + 4) * max(root, block),
-             "activations": size * T * kept_per_token(c, config.recompute),
-             "logits": (4 + 2 * size) * longest * c.vocab_size}
+    parts = {"gathered": bf16 * (root + 2 * block) + (bf16 + 4) * max(root, block),
+             "activations": bf16 * T * kept_per_token(c, config.recompute),
+             "logits": (4 + 2 * bf16) * longest * c.vocab_size}
     print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
           f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")
     print(f"{'GPUs':>6}{'state':>10}" + "".join(f"{name:>13}" for name in parts) + f"{'waiting':>10}{'in all':>10}"

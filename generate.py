@@ -24,18 +24,20 @@ from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 class KVCache:
     """Keys and values of B sequences of different lengths, in room for S tokens each. Rows are filled from the left."""
 
-    def __init__(self, config, B, S, dtype, device):
+    def __init__(self, config, B, S):
         self.window = config.window
-        shape = config.n_layers, B, S, config.n_kv_heads, config.head_dim
-        self.k, self.v = torch.zeros(2, *shape, dtype=dtype, device=device)
+        self.shape = config.n_layers, B, S, config.n_kv_heads, config.head_dim
+        self.k = self.v = None      # made of the dtype and on the device of the first keys
 
     def attend_prompts(self, lengths):
         """Attention of a row of prompts of the given lengths; fills the cache."""
         def attend(layer, q, k, v):
+            if self.k is None:
+                self.k, self.v = k.new_zeros(2, *self.shape)
             out = []
-            for b, (q, k, v) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths))):
-                self.k[layer, b, :len(k)], self.v[layer, b, :len(v)] = k, v
-                out.append(causal_attention(q, k, v, self.window))
+            for b, (q1, k1, v1) in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths))):
+                self.k[layer, b, :len(k1)], self.v[layer, b, :len(v1)] = k1, v1
+                out.append(causal_attention(q1, k1, v1, self.window))
             return torch.cat(out)
         return attend
 
@@ -49,9 +51,9 @@ class KVCache:
         def attend(layer, q, k, v):
             self.k[layer, rows, positions], self.v[layer, rows, positions] = k, v
             keys, values = (x[layer, :, :S].transpose(1, 2) for x in (self.k, self.v))  # (B, K, S, D)
-            out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen[:, None, None],
-                                                 enable_gqa=True)                       # (B, H, 1, D)
-            return out[:, :, 0]
+            q = q.unflatten(1, (keys.shape[1], -1))     # (B, K, H/K, D): the heads of a group as if queries in a row
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+            return out.flatten(1, 2)                                                    # (B, H, D)
         return attend
 
 
@@ -75,7 +77,7 @@ def generate(model, prompts, *, seeds, max_new_tokens, stop_ids, temperature=0.8
     lengths = [len(p) for p in prompts]
     if min(lengths) < 1:
         raise ValueError("a prompt without tokens; expected at least one")
-    cache = KVCache(model.config, len(prompts), max(lengths) + max_new_tokens, model.head_weight.dtype, device)
+    cache = KVCache(model.config, len(prompts), max(lengths) + max_new_tokens)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     uniform = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators]).to(device)   # (B, max_new)
     stop = torch.tensor(sorted(stop_ids), device=device)

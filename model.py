@@ -102,10 +102,10 @@ def read_config(folder):
     # transformers 4: rope_theta and rope_scaling (whose type was once called "type"); transformers 5: rope_parameters.
     rope = {"rope_theta": take("rope_theta", 10000.0), **take("rope_scaling", {}), **take("rope_parameters", {})}
     rope_theta = float(rope.pop("rope_theta"))
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope_type = [rope.pop(name, None) for name in ("type", "rope_type")]
+    rope_type = rope_type[1] or rope_type[0] or "default"
     if rope_type not in ("default", "llama3"):
         refuse("rope type", rope_type, "default or llama3")
-    rope.pop("type", None)
     expected = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
                 "default": set()}[rope_type]
     if set(rope) != expected:
@@ -149,7 +149,7 @@ def causal_attention(q, k, v, window=None):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
     else:
         band = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # a mask with enable_gqa leaves flash
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # a mask with enable_gqa is slow on CUDA
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
     return out[0].transpose(0, 1)                                              # (T, H, D)
 
@@ -321,9 +321,9 @@ class TargetLogps(torch.autograd.Function):
     """log softmax(states @ weight.T)[target] with its gradient by hand, never more than MAX_LOGITS logits at once.
 
     Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there. Train on a pair at
-    a time (train.py does) and they fit: no recomputation, and no logits but one pair's.
-    A log-prob is z[target] - logsumexp(z), in fp32: at a 128k vocabulary and the logits of a trained model torch's own
-    fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
+    a time (train.py does) and they mostly fit: no logits but one pair's, and none computed twice.
+    A log-prob is z[target] - logsumexp(z), in fp32 (of bf16 logits, if the states are bf16): at a 128k vocabulary and the
+    logits of a trained model torch's own fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
     """
 
     @staticmethod
@@ -436,7 +436,10 @@ def load_model(folder, dtype=torch.float32, device="cpu", shard=None):
         tensors["lm_head.weight"] = torch.empty_like(model.head_weight)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        try:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        except dcp.api.CheckpointException as e:
+            raise ValueError(f"{folder}: its weights cannot be read ({e})") from None
     mine = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}     # this rank's slices
     for name, t in mine.items():
         if t.numel() and not torch.stack(t.aminmax()).isfinite().all():      # isfinite of it all would copy it twice
@@ -480,7 +483,7 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
     if sharded:
         shutil.rmtree(folder / "sharded")
     for pattern in COPIED_FILES:
-        for file in like.glob(pattern):
+        for file in filter(Path.is_file, like.glob(pattern)):
             target = folder / file.relative_to(like)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)

@@ -1,7 +1,7 @@
 """Align a Llama or Mistral model on preference pairs with AlphaPO (or SimPO, or DPO): a Hugging Face folder in and out.
 
     python train.py                                                        # the embedded default: tiny model, 2 cores
-    torchrun --nproc_per_node 8 train.py --model Meta-Llama-3-8B-Instruct --data pairs.jsonl --output runs/first
+    torchrun --nproc_per_node 8 train.py --model Meta-Llama-3-8B-Instruct --data pairs.jsonl --recompute
     torchrun --nproc_per_node 8 train.py configs/RECIPE.toml --output runs/first --resume    # recipe: other defaults
     python train.py --model DIR --plan 8 16 64                             # the memory it takes, from config.json alone
 
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
-from data.preference import epoch_steps, hold_out, load_pairs, pack, read_jsonl
+from data.preference import as_messages, check_fit, epoch_steps, hold_out, load_pairs, pack, read_jsonl
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
@@ -253,7 +253,8 @@ def run_row(model, row, config, grad_scale=None):
 
     Returns (B, 5) in float64: loss, chosen reward, rejected reward, and the average log-probs of chosen and rejected.
     The vocabulary head runs forward and backward a pair at a time, on states cut off from the body: only one pair's
-    logits exist at once, none is computed twice, and the body's backward runs once with the gradient collected so far.
+    logits exist at once, none is computed twice (up to MAX_LOGITS, see model.py), and the body's backward runs once
+    with the gradient collected so far.
     """
     tokens = row.tokens.to(model.device)
     states, targets = model.response_states(tokens, row.lengths)                       # (R, dim), (R,)
@@ -271,25 +272,27 @@ def run_row(model, row, config, grad_scale=None):
     return torch.stack(results)
 
 
-def run_rows(model, rows, config, grad_scale=None, signals=(0, 0)):
+def run_rows(model, rows, config, grad_scale=None, noted={}):
     """Scores B pairs, packed into rows for all ranks; each rank runs its own. With grad_scale it also adds the gradient
     of grad_scale * (sum of losses), averaged over the ranks (by FSDP).
 
-    Returns run_row's (B, 5) for the pairs of all ranks, in the order in which they were given to `pack`, and `signals`
-    summed over the ranks, (2,): one all-reduce for both.
+    Returns run_row's (B, 5) for the pairs of all ranks, in the order in which they were given to `pack`, and the signals
+    that any rank has `noted` by now, as a list: one all-reduce for both.
     """
     results = torch.zeros(sum(len(row.indices) for row in rows) + 1, 5, dtype=torch.float64, device=model.device)
-    results[-1, :2] = torch.tensor(signals)
     rows = rows[dist.get_rank()::dist.get_world_size()]
     for row in rows:
         if grad_scale is not None and isinstance(model, FSDPModule):     # gradients meet in the step's last backward
             model.set_requires_gradient_sync(config.sync_every_micro_batch or row is rows[-1])
+            model.set_requires_all_reduce(row is rows[-1])               # and replicas, if there are, then alone
         if row.indices:
             results[row.indices] = run_row(model, row, config, grad_scale)
         else:           # more ranks than pairs: this row only keeps the ranks in step
             run_row(model, row, config, None if grad_scale is None else 0.0)
+    for i, count in enumerate(noted.values()):
+        results[-1, i] = count
     dist.all_reduce(results)
-    return results[:-1], results[-1, :2]
+    return results[:-1], [number for number, count in zip(noted, results[-1].tolist()) if count]
 
 
 @torch.no_grad()
@@ -301,11 +304,9 @@ def score_pairs(model, pairs, config):
 
 
 def reference_logps(model, pairs, config):
-    """Stores the summed log-probs of every pair under the model as it is now: all that DPO needs of its reference."""
-    for pair in pairs:
-        pair.ref_logps = (0.0, 0.0)     # read by the loss, which is not used here
-    for pair, (chosen, rejected) in zip(pairs, score_pairs(model, pairs, config)[:, 3:].tolist()):
-        pair.ref_logps = chosen * len(pair.chosen), rejected * len(pair.rejected)
+    """Summed log-probs of N pairs under the model as it is now, (N, 2): all that DPO needs of its reference."""
+    lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs], dtype=torch.float64)
+    return score_pairs(model, pairs, config)[:, 3:].cpu() * lengths
 
 
 # --- schedule, evaluation, report -------------------------------------------------------------------------------------
@@ -322,7 +323,11 @@ def make_optimizer(model, config):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]        # norms and biases are not decayed
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
+    for p in model.parameters():        # now, and not in the first step: a checkpoint before it would make one of its own
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def metrics_of(results, start=None):
@@ -348,9 +353,15 @@ class Judge:
             raise ValueError(f"judge = {config.judge!r}: {file} has no function {function}")
         self.score = getattr(module, function)
         rows = list(read_jsonl(config.judge_prompts))
+        if not rows:
+            raise ValueError(f"{config.judge_prompts}: no prompts")
         for source, row in rows:
             if "prompt" not in row:
                 raise ValueError(f"{source}: no field prompt")
+            try:
+                chat.encode_prompt(as_messages(row["prompt"]))
+            except ValueError as e:
+                raise ValueError(f"{source}: {e}") from None
         self.prompts = [row["prompt"] for _, row in rows]
         self.config, self.tokenizer, self.chat = config, tokenizer, chat
 
@@ -360,9 +371,8 @@ class Judge:
                          top_p=0.95, max_new_tokens=self.config.max_new_tokens, batch_size=64)
         forget_gathered_weights(model)
         answers = [texts[0] for texts in answers]
-        turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
+        turns = [as_messages(p) for p in self.prompts]
         return answers, from_rank_0(lambda: [float(self.score(t, a)) for t, a in zip(turns, answers)])
-
 
     def keep(self, output, step, answers, scores):
         """Writes the answers to answers-NNNNNN.jsonl in the run folder."""
@@ -371,7 +381,13 @@ class Judge:
                     "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def show_change(self, output, step):
+        """Prints how the answers of a step differ from those of step 0."""
+        if not (output / "answers-000000.jsonl").exists():      # a judge that came with --resume
+            return
         before, after = ([row for _, row in read_jsonl(output / f"answers-{s:06d}.jsonl")] for s in (0, step))
+        if [b["prompt"] for b in before] != self.prompts:
+            print("         step 0 was judged by other prompts; there is nothing to compare with")
+            return
         changed = [(b, a) for b, a in zip(before, after) if b["answer"] != a["answer"]]
         say(f"         {sum(a['score'] > b['score'] for b, a in changed)} answers score higher than at step 0, "
             f"{sum(a['score'] < b['score'] for b, a in changed)} lower; the first four that changed:")
@@ -399,8 +415,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
           f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary "
           f"{c.vocab_size}, window {c.window or 'none'}")
-    print(f"ranks    {world} on {model.device.type}, weights "
-          + ("whole on the one" if not isinstance(model, FSDPModule) else
+    print("shards   weights "
+          + ("whole on the one rank" if not isinstance(model, FSDPModule) else
              f"sharded over {local if config.shard_within_node else world}"
              + (f" and replicated {world // local} times" if config.shard_within_node else "")
              + (", resting in CPU memory" if config.cpu_offload else "")))
@@ -436,6 +452,7 @@ def main(config):
 def run(config, device):
     # 1. Data: tokens of all pairs, in the memory of every rank.
     world = dist.get_world_size()
+    say(f"ranks    {world} on {device.type}")
     tokenizer = load_tokenizer(config.model)
     chat = load_chat_format(config.model, tokenizer, config.chat_format or None)
     limits = config.max_length, config.max_prompt_length
@@ -448,7 +465,7 @@ def run(config, device):
     steps = [step for epoch in range(config.epochs)
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
-    pack(pairs + held_out, config.tokens_per_micro_batch)   # a pair that no row can hold is known before the first step
+    check_fit(pairs + held_out, config.tokens_per_micro_batch)
     judge = Judge(config, tokenizer, chat) if config.judge else None
 
     # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
@@ -465,16 +482,16 @@ def run(config, device):
     # 3. The run folder, and where in the run this call begins.
     restarts = torch.tensor(restart_count())
     dist.all_reduce(restarts, dist.ReduceOp.MAX)        # torchrun tells only the node that failed
-    output = from_rank_0(lambda: claim_output(config, config.resume or restarts.item() > 0))
+    output = from_rank_0(lambda: claim_output(config, restarts.item() > 0))
     from_rank_0(lambda: check_same_run(output, identity_of(config, model, pairs, held_out)))
     first, checkpoint = from_rank_0(lambda: newest_checkpoint(output, len(steps)))
     lines = from_rank_0(lambda: read_metrics(output, first) if checkpoint else [])
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
-    if first == len(steps):
+    if first == len(steps) and not (checkpoint / "train_state").exists():
         say(f"resume   {checkpoint} is the end of this run; nothing to do")
         return evaluations
+    from_rank_0(lambda: check_space(model, config, output, last=False))
     if dist.get_rank() == 0:
-        check_space(model, config, output, last=False)
         write_whole(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_config(config, output / "config.toml")
         report(config, model, tokenizer, chat, pairs, held_out, dropped, len(steps))
@@ -489,8 +506,7 @@ def run(config, device):
         say(f"resume   {checkpoint}, {len(steps) - first} steps to go")
     if config.method == "dpo":
         if not checkpoint:
-            reference_logps(model, pairs + held_out, config)
-            progress["reference"] = torch.tensor([pair.ref_logps for pair in pairs + held_out], dtype=torch.float64)
+            progress["reference"] = reference_logps(model, pairs + held_out, config)
         for pair, ref_logps in zip(pairs + held_out, progress["reference"].tolist()):
             pair.ref_logps = tuple(ref_logps)
 
@@ -538,7 +554,7 @@ def run(config, device):
             began = time.time()
             batch = [pairs[j] for j in steps[i]]
             rows = pack(batch, config.tokens_per_micro_batch, world)
-            results, signals = run_rows(model, rows, config, world / len(batch), [*noted.values()])
+            results, stopping = run_rows(model, rows, config, world / len(batch), noted)
             grad_norm = clip_gradients(model, config.max_grad_norm)
             lr = learning_rate(i, len(steps), config)
             for group in optimizer.param_groups:
@@ -556,7 +572,7 @@ def run(config, device):
             m = {"step": i + 1, **metrics_of(results), "grad_norm": grad_norm, "learning_rate": lr, "pairs": len(batch),
                  **work_of(rows, now - began), "skipped": progress["skipped"]}
             if not applied:
-                m["not_finite"] = [pair.source for pair, f in zip(batch, finite) if not f or all(finite)]
+                m["not_finite"] = [pair.source for pair, f in zip(batch, finite) if not f] or [p.source for p in batch]
             log(m)
             say(f"step {i + 1}/{len(steps)}  loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.2f}  margin "
                 f"{m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
@@ -569,20 +585,21 @@ def run(config, device):
                 raise ValueError(f"step {i + 1}: {MAX_SKIPPED} steps in a row were not finite and not applied. The pairs "
                                  f"are named above and in {output}/metrics.jsonl; checkpoints are as they were")
 
-            stopping = [number for number, n in zip(noted, signals.tolist()) if n]
             if due(i + 1, config.eval_every) and not stopping:
                 evaluate(i + 1)
-            if i + 1 < len(steps) and (due(i + 1, config.save_every) or stopping):
+            if due(i + 1, config.save_every) or stopping:
                 folder = save_checkpoint(model, optimizer, progress, config, output, last=False)
                 say(f"saved    {folder}")
-            if stopping and i + 1 < len(steps):
+            if stopping:
                 say(f"stopped  by {signal.Signals(stopping[0]).name} after step {i + 1}; --resume --output {output} goes "
                     "on")
                 raise SystemExit(128 + stopping[0])
-        evaluate(len(steps))
 
-        # 5. A plain Hugging Face folder.
-        folder = save_checkpoint(model, optimizer, progress, config, output, last=True)
+        # 5. A plain Hugging Face folder, also where a judge raises at the last moment.
+        try:
+            evaluate(len(steps))
+        finally:
+            folder = save_checkpoint(model, optimizer, progress, config, output, last=True)
     say(f'saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
     return evaluations
 
@@ -596,6 +613,8 @@ def start(argv):
             plan(config)
         else:
             main(config)
+    except KeyboardInterrupt:       # before the loop, which notes it: there is nothing to save
+        sys.exit(128 + signal.SIGINT)
     except Exception as e:
         if first_to_fail(store):
             message = str(e)
@@ -608,6 +627,8 @@ def start(argv):
             elif not isinstance(e, (ValueError, OSError)):      # of ours: the way there helps
                 message = traceback.format_exc()
             print(f"error{f' (rank {rank})' if world > 1 else ''}: {message}", file=sys.stderr, flush=True)
+        if world > 1:
+            os._exit(1)     # at once: taking a process group down would wait for ranks that wait for this one
         sys.exit(1)
 
 

@@ -29,7 +29,7 @@ class PreferencePair:
     chosen: list[int]      # with its one end token
     rejected: list[int]
     source: str            # file:line
-    ref_logps: tuple[float, float] | None = None    # DPO only: summed log-probs under the starting model
+    ref_logps: tuple[float, float] = (math.nan, math.nan)    # DPO only: summed log-probs under the starting model
 
     def __len__(self):
         """Tokens in a row: the prompt is there once."""
@@ -178,17 +178,14 @@ def epoch_steps(n_pairs, pairs_per_step, seed, epoch):
 
 
 def pack(pairs, tokens_per_row, ranks=1):
-    """Deals pairs onto as few rows as hold at most tokens_per_row tokens each: longest first, onto the lightest row, so
-    that rows are of near-equal work. Every pair is in exactly one row, whole.
+    """Deals pairs onto about as few rows as hold at most tokens_per_row tokens each: longest first, onto the lightest
+    row, so that rows are of near-equal work. Every pair is in exactly one row, whole.
 
     The number of rows is a multiple of `ranks`: rank r takes rows[r::ranks], and all ranks run as many. Where there are
     fewer pairs than rows, the rows left over hold the shortest pair once more and no indices: run them with weight 0.
     """
+    check_fit(pairs, tokens_per_row)
     lengths = [len(pair) for pair in pairs]
-    longest = max(range(len(pairs)), key=lengths.__getitem__)
-    if lengths[longest] > tokens_per_row:
-        raise ValueError(f"{pairs[longest].source}: the pair has {lengths[longest]} tokens, more than "
-                         f"tokens_per_micro_batch = {tokens_per_row}; raise that, or lower max_length")
     by_length = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)
     n_rows = ranks * math.ceil(sum(lengths) / tokens_per_row / ranks)
     while True:
@@ -199,7 +196,15 @@ def pack(pairs, tokens_per_row, ranks=1):
             heapq.heapreplace(loads, (load + lengths[i], lightest))
         if max(loads)[0] <= tokens_per_row:
             return [_pack_row([pairs[i] for i in row or by_length[-1:]], row) for row in rows]
-        n_rows += ranks
+        n_rows += ranks * max(1, n_rows // 100 // ranks)
+
+
+def check_fit(pairs, tokens_per_row):
+    """ValueError that names the longest pair if no row can hold it."""
+    longest = max(pairs, key=len)
+    if len(longest) > tokens_per_row:
+        raise ValueError(f"{longest.source}: the pair has {len(longest)} tokens, more than tokens_per_micro_batch = "
+                         f"{tokens_per_row}; raise that, or lower max_length")
 
 
 def _pack_row(pairs, indices):

@@ -100,7 +100,7 @@ def not_finite(lines):
 
 
 def fails_at_step(rank, step, how):
-    """One rank raises, is killed or hangs in the middle of a step."""
+    """One rank raises, is killed, hangs or gets a signal in the middle of a step."""
     whole = train.learning_rate
 
     def learning_rate(i, total, config):
@@ -109,6 +109,9 @@ def fails_at_step(rank, step, how):
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "hangs":
                 time.sleep(1000)
+            if how == "signalled":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return whole(i, total, config)
             raise ValueError("this rank gives up")
         return whole(i, total, config)
     train.learning_rate = learning_rate

@@ -124,12 +124,13 @@ def one_rank(data, tmp_path_factory):
     (3, {"tokens_per_micro_batch": 90, "sync_every_micro_batch": True, "recompute": True}, 1),
     (4, {}, 1),
     (4, {"tokens_per_micro_batch": 90, "shard_within_node": True}, 2),
+    (4, {"tokens_per_micro_batch": 90, "shard_within_node": True, "sync_every_micro_batch": True}, 2),
     (4, {"shard_within_node": True, "recompute": True, "cpu_offload": True, "method": "dpo"}, 2),
 ], ids=str)
 def test_a_run_is_the_same_on_any_number_of_ranks(world, options, nodes, data, one_rank, tmp_path):
     out, expected = tmp_path / "out", one_rank[options.get("method", "alphapo")]
     log = run_ranks(world, tmp_path, main, config(data, out, **options), nodes=nodes)
-    assert (f"sharded over {world // nodes if options.get('shard_within_node') else world}" in log) == (
+    assert (f"weights sharded over {world // nodes if options.get('shard_within_node') else world}" in log) == (
         world > 1 or "cpu_offload" in options)
     assert_same_metrics(out, expected, rel=1e-8)
     assert largest_difference(weights(out), weights(expected)) <= 1e-8
@@ -151,6 +152,22 @@ def test_losses_and_clipped_gradients_of_an_fp32_step_are_the_same_on_any_number
     assert largest_difference(many["grads"], one["grads"]) <= 1e-5
     total = sum(grad.norm() ** 2 for grad in many["grads"].values()).sqrt()
     assert total.item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_computes_in_bf16_is_near_and_judges_too(world, data, one_rank, tmp_path):
+    """What GPUs do by default, here on the CPU."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss, fern"}\n' * 3)
+    options = {"judge": f"{TINY}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl", "max_new_tokens": 12,
+               "compute_dtype": "bfloat16", "max_steps": 20, **FLOAT32}
+    log = run_ranks(world, tmp_path, main, config(data, tmp_path / "out", **options))
+    assert "computing in bfloat16" in log and f"sharded over {world}" in log
+    found, expected = metrics(tmp_path / "out"), metrics(one_rank["alphapo"])
+    assert len(found) == len(expected) and "eval_judge_score" in found[0] and "eval_judge_score" in found[-1]
+    for line, e in zip(found, expected):
+        for name in ("loss", "logps/chosen", "eval_loss", "eval_logps/chosen"):
+            if name in e:
+                assert line[name] == pytest.approx(e[name], rel=0.05, abs=0.02)
 
 
 def test_the_imbalance_of_the_ranks_is_logged(data, tmp_path):
@@ -209,9 +226,97 @@ def test_incomplete_checkpoints_are_passed_over_and_named(data, tmp_path, capsys
     main(config(data, cut, save_every=5, resume=True))
     shown = capsys.readouterr().out
     assert "passing over" in shown and "step-000015.incomplete: it was not written to the end" in shown
-    assert "step-000010: it holds a model and no train_state" in shown and "step-000005, 15 steps to go" in shown
+    assert "step-000010: it has no train_state in it" in shown and "step-000005, 15 steps to go" in shown
     assert_bit_equal(cut, tmp_path / "whole")
     assert not list(cut.glob("*.incomplete"))
+
+
+def test_a_judge_that_raises_at_the_end_does_not_cost_the_model(data, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n')
+    (tmp_path / "judge.py").write_text("calls = []\ndef score(turns, answer):\n    calls.append(1)\n"
+                                       "    assert len(calls) < 2, 'no more money'\n    return 1\n")
+    options = {"max_steps": 2, "judge": f"{tmp_path}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl",
+               "max_new_tokens": 4}
+    with pytest.raises(AssertionError, match="no more money"):
+        main(config(data, tmp_path / "out", **options))
+    assert weights(tmp_path / "out", 2)
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="prompts.jsonl: no prompts"):
+        main(config(data, tmp_path / "other", **options))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": []}\n')
+    with pytest.raises(ValueError, match="prompts.jsonl:2: prompt is"):
+        main(config(data, tmp_path / "other", **options))
+
+
+def test_a_judge_may_come_with_resume(data, tmp_path, capsys):
+    options = {"max_steps": 4, "save_every": 2, "max_new_tokens": 4}
+    main(config(data, tmp_path / "out", **options))
+    shutil.rmtree(tmp_path / "out/step-000004")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n')
+    options |= {"judge": f"{TINY}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl", "resume": True}
+    main(config(data, tmp_path / "out", **options))
+    assert "judge    step 4" in capsys.readouterr().out and (tmp_path / "out/answers-000004.jsonl").exists()
+
+
+def test_a_folder_that_is_no_run_is_not_resumed_not_even_by_a_restart(data, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("precious")
+    for options, restarts in (({"resume": True}, "0"), ({}, "1")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(ValueError, match="mine is not empty and holds no run.json"):
+            main(config(data, tmp_path / "mine", **options))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    main(config(data, tmp_path / "run", max_steps=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(config(data, tmp_path / "run", max_steps=2))        # the same job: this process
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(ValueError, match="run is not empty; --resume to go on"):
+        main(config(data, tmp_path / "run", max_steps=2))
+
+
+def test_damaged_files_of_a_run_are_named(data, tmp_path, capsys):
+    main(config(data, tmp_path / "out", max_steps=4, save_every=2))
+    good = (tmp_path / "out/run.json").read_text()
+    for text in ('{"con', "{}", "[]", '{"job": 1, "config": {}, "model": 3, "pairs": {}}'):
+        (tmp_path / "out/run.json").write_text(text)
+        with pytest.raises(ValueError, match="out/run.json: damaged"):
+            main(config(data, tmp_path / "out", max_steps=4, save_every=2, resume=True))
+    (tmp_path / "out/run.json").write_text(good)
+    shutil.rmtree(tmp_path / "out/step-000004")
+    (tmp_path / "out/step-000004").mkdir()        # not the end of the run: there is no model in it
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    (tmp_path / "out/metrics.jsonl").write_text("\n".join(["7", lines[0][:20], *lines[1:]]))
+    main(config(data, tmp_path / "out", max_steps=4, save_every=2, resume=True))
+    shown = capsys.readouterr().out
+    assert "metrics.jsonl:1 is damaged and left out" in shown and "metrics.jsonl:2 is damaged" in shown
+    assert "step-000004: it has no model in it" in shown and "step-000002, 2 steps to go" in shown
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3, 4, 4]
+
+
+def test_the_checkpoint_just_written_is_never_the_one_that_is_deleted(data, tmp_path):
+    main(config(data, tmp_path / "out", max_steps=6, save_every=2))
+    shutil.rmtree(tmp_path / "out/step-000006")
+    shutil.rmtree(tmp_path / "out/step-000004/train_state")
+    with pytest.raises(SystemExit):
+        original = train.save_checkpoint
+        try:
+            def save_once(*args, **kwargs):
+                original(*args, **kwargs)
+                raise SystemExit
+            train.save_checkpoint = save_once
+            main(config(data, tmp_path / "out", max_steps=6, save_every=1, keep_last=1, resume=True))
+        finally:
+            train.save_checkpoint = original
+    assert (tmp_path / "out/step-000003/train_state").exists() and not (tmp_path / "out/step-000002").exists()
+
+
+def test_a_checkpoint_before_the_first_applied_step_changes_nothing(data, tmp_path):
+    lines = _lines_of_step(data, train.epoch_steps(73, 8, seed=0, epoch=0)[0])[:1]
+    for name, save_every in (("without", 0), ("with", 1)):
+        run_ranks(1, tmp_path / "log", ranks.start_with, ranks.not_finite, lines,
+                  flags(data, tmp_path / name, max_steps=4, save_every=save_every, **FLOAT32))
+    assert metrics(tmp_path / "with")[1]["skipped"] == 1
+    assert_bit_equal(tmp_path / "with", tmp_path / "without", step=4)
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -278,6 +383,22 @@ def test_a_signal_to_any_rank_saves_and_stops_all_and_the_run_goes_on_later(worl
     run_ranks(world, tmp_path / "log", train.start, argv)
     assert_bit_equal(tmp_path / "out", tmp_path / "whole")
     assert_same_metrics(tmp_path / "out", tmp_path / "whole", rel=0)
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(data, tmp_path):
+    argv = flags(data, tmp_path / "whole", max_steps=4, save_every=0, **FLOAT32)
+    run_ranks(2, tmp_path / "log", train.start, argv)
+    argv = flags(data, tmp_path / "out", max_steps=4, save_every=0, resume=True, **FLOAT32)
+    running = Ranks(2, tmp_path / "log", ranks.start_with, ranks.fails_at_step, 1, 3, "signalled", argv)
+    codes = running.join()
+    if codes != [128 + signal.SIGTERM] * 2:     # it came after the ranks had told each other: no step is left to stop at
+        assert codes == [0, 0], running.output()
+    else:
+        assert len(metrics(tmp_path / "out")) == len(metrics(tmp_path / "whole")) - 1
+        run_ranks(2, tmp_path / "log", train.start, argv)
+    assert_bit_equal(tmp_path / "out", tmp_path / "whole", step=4)
+    assert_same_metrics(tmp_path / "out", tmp_path / "whole", rel=0)
+    assert not (tmp_path / "out/step-000004/train_state").exists()
 
 
 def test_a_second_signal_stops_at_once(data, tmp_path):

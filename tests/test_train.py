@@ -68,6 +68,11 @@ def reference_loss(model, start, pair, config):
     return torch.log1p(torch.exp(-margin)) - config.sft_weight * chosen.mean()
 
 
+def set_reference(model, pairs, config):
+    for pair, logps in zip(pairs, reference_logps(model, pairs, config).tolist()):
+        pair.ref_logps = tuple(logps)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("knobs", [
     {"method": "alphapo"}, {"method": "alphapo", "alpha": -0.5, "sft_weight": 0.3}, {"method": "simpo"},
@@ -76,7 +81,7 @@ def test_losses_and_gradients_of_a_step_do_not_depend_on_packing_or_accumulation
     config, pairs = config_of(**knobs), random_pairs(LENGTHS)
     model, start = small_model(tmp_path), small_model(tmp_path, seed=1)
     if config.method == "dpo":
-        reference_logps(start, pairs, dataclasses.replace(config, tokens_per_micro_batch=40))
+        set_reference(start, pairs, dataclasses.replace(config, tokens_per_micro_batch=40))
     losses = torch.stack([reference_loss(model, start, pair, config) for pair in pairs])
     expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
     expected_loss = {pair.source: loss.item() for pair, loss in zip(pairs, losses)}
@@ -139,7 +144,7 @@ def test_alpha_zero_is_simpo_bit_for_bit(tmp_path):
 
 def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
     model, config, pairs = small_model(tmp_path), config_of(method="dpo"), random_pairs(LENGTHS)
-    reference_logps(model, pairs, config)
+    set_reference(model, pairs, config)
     (row,) = pack(pairs, 10**4)
     scores = run_row(model, row, config, grad_scale=1.0)
     assert scores[:, 0].tolist() == pytest.approx([math.log(2)] * len(pairs), rel=1e-12)

@@ -1,0 +1,302 @@
+"""One whole optimiser step (forward, backward, clipping, AdamW) here and elsewhere: the same weights, pairs and machine.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/step.py --vocab 32000 128256 --output benchmarks/step.json       # some 40 minutes on 2 cores
+
+ours     train.py's step
+padded   a plain step with transformers: chosen and rejected padded side by side, logits of every position
+trl-NxM  TRL's CPOTrainer with loss_type="alphapo", N pairs a batch, M batches a step, as a user runs it
+
+Each way is a process of its own, with the same model loaded. They take steps in turn, A B C A B C, while the others wait, so
+that a machine whose speed drifts slows all of them; what counts is the median of the ratios of a round. Peak memory is what a
+step adds to weights, gradients and AdamW's moments. Linux.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from lengths import pair_lengths
+
+ALPHA, BETA, GAMMA_BETA_RATIO, LEARNING_RATE = 0.25, 2.5, 0.1, 1e-6
+BOS, EOS, PAD = 0, 1, 2
+
+
+def write_job(folder, vocab, width, layers, n_pairs, max_length):
+    """A random Llama in a Hugging Face folder with a tokenizer whose words are its ids, and pairs of random tokens."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from model import Transformer, read_config
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "vocab_size": vocab,
+              "intermediate_size": width * 11 // 4, "num_hidden_layers": layers, "num_attention_heads": width // 64,
+              "num_key_value_heads": max(1, width // 256), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+              "max_position_embeddings": 4096, "tie_word_embeddings": False, "hidden_act": "silu",
+              "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = Transformer(read_config(folder))
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}      # BOS, EOS, PAD
+    names = [*special.values(), *map("w{}".format, range(3, vocab))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(3, vocab, (n,), generator=generator).tolist()
+    pairs = [{"prompt": [BOS, *draw(P - 1)], "chosen": [*draw(C - 1), EOS], "rejected": [*draw(R - 1), EOS]}
+             for P, C, R in pair_lengths(n_pairs, max_length=max_length)]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+
+
+# --- the ways: generators that take one step each time they are asked, and yield its loss ----------------------------
+
+def ours(folder, pairs):
+    from data.preference import PreferencePair, pack
+    from distributed import clip_gradients, join_ranks
+    from model import load_model
+    from train import TrainConfig, make_optimizer, resolve_config, run_rows
+    config = resolve_config(TrainConfig(model=str(folder), data=["-"], alpha=ALPHA, beta=BETA, learning_rate=LEARNING_RATE,
+                                        gamma_beta_ratio=GAMMA_BETA_RATIO, weight_decay=0.0))
+    join_ranks(config)
+    model = load_model(folder)
+    optimizer = make_optimizer(model, config)
+    pairs = [PreferencePair(p["prompt"], p["chosen"], p["rejected"], "") for p in pairs]
+    while True:
+        rows = pack(pairs, config.tokens_per_micro_batch)
+        results, _ = run_rows(model, rows, config, 1 / len(pairs))
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield results[:, 0].mean().item()
+
+
+def padded(folder, pairs, batch=4):
+    from transformers import AutoModelForCausalLM
+
+    from alphapo import alphapo_loss
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    while True:
+        total = 0.0
+        for i in range(0, len(pairs), batch):
+            some = pairs[i:i + batch]
+            rows = [(p["prompt"], p[side]) for side in ("chosen", "rejected") for p in some]
+            longest = max(len(prompt) + len(response) for prompt, response in rows)
+            tokens = torch.full((len(rows), longest), PAD)
+            scored, seen = torch.zeros(len(rows), longest), torch.zeros(len(rows), longest, dtype=torch.long)
+            for row, (prompt, response) in enumerate(rows):
+                end = len(prompt) + len(response)
+                tokens[row, :end], seen[row, :end] = torch.tensor(prompt + response), 1
+                scored[row, len(prompt):end] = 1
+            logits = model(tokens, attention_mask=seen, use_cache=False).logits[:, :-1]
+            logps = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            logps = (logps * scored[:, 1:]).sum(-1) / scored.sum(-1)
+            loss = alphapo_loss(*logps.split(len(some)), alpha=ALPHA, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)[0]
+            (loss.sum() / len(pairs)).backward()
+            total += loss.sum().item() / len(pairs)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total
+
+
+def trl(folder, pairs, steps, batch):
+    """Not a generator: TRL has the loop, and asks through `wait` and `done` before and after each step."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    text = lambda ids: " ".join(map("w{}".format, ids))
+    rows = [{"prompt": text(p["prompt"][1:]) + " ", "chosen": text(p["chosen"][:-1]), "rejected": text(p["rejected"][:-1])}
+            for p in pairs]
+    config = CPOConfig(
+        output_dir=tempfile.mkdtemp(), loss_type="alphapo", alpha=ALPHA, beta=BETA, simpo_gamma=GAMMA_BETA_RATIO * BETA,
+        learning_rate=LEARNING_RATE, per_device_train_batch_size=batch, gradient_accumulation_steps=len(pairs) // batch,
+        max_length=4096, max_steps=steps, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True,
+        use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, max_grad_norm=1.0, dataloader_pin_memory=False)
+
+    class InOrder(CPOTrainer):
+        losses = []
+
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)        # each step has the same pairs, as for the others
+
+        def compute_loss(self, *args, **kwargs):
+            out = super().compute_loss(*args, **kwargs)
+            self.losses.append((out[0] if isinstance(out, tuple) else out).item())
+            return out
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            wait()
+            trainer.losses.clear()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            done(time.perf_counter() - self.began, statistics.mean(trainer.losses))
+
+    trainer = InOrder(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=config,
+                      processing_class=AutoTokenizer.from_pretrained(folder), train_dataset=Dataset.from_list(rows * steps),
+                      callbacks=[Steps()])
+    trainer.train()
+
+
+# --- one process a way ------------------------------------------------------------------------------------------------
+
+def resident(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def wait():
+    """Until this process is asked to take a step; its memory is then as low as it gets."""
+    sys.stdin.readline()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")       # the peak begins here
+    wait.before = resident("VmRSS")
+
+
+def done(seconds, loss):
+    print(json.dumps({"seconds": seconds, "loss": loss, "peak": resident("VmHWM") - wait.before}), file=answers, flush=True)
+
+
+def serve(way, folder, steps):
+    pairs = json.loads((folder / "pairs.json").read_text())
+    if way.startswith("trl"):
+        return trl(folder, pairs, steps, int(way[4:].split("x")[0]))
+    step = {"ours": ours, "padded": padded}[way](folder, pairs)
+    for _ in range(steps):
+        wait()
+        began = time.perf_counter()
+        loss = next(step)
+        done(time.perf_counter() - began, loss)
+
+
+def matmul_rate(width):
+    """FLOP/s of a matrix product as the model's own, the best of many."""
+    a, b, best = torch.randn(2048, width), torch.randn(width, width * 11 // 4), 0
+    for _ in range(10):
+        began = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        best = max(best, 10 * 2 * a.numel() * b.shape[1] / (time.perf_counter() - began))
+    return best
+
+
+def useful_flops(folder, pairs):
+    """Of a step that computes prompts once, logits of response tokens only, and causal attention; backward is twice
+    forward."""
+    config = json.loads((folder / "config.json").read_text())
+    d, h, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    kv = config["num_key_value_heads"]
+    block = d * (2 * d + 2 * d * kv // heads + 3 * h)
+    total = 0
+    for p in pairs:
+        P, C, R = (len(p[name]) for name in ("prompt", "chosen", "rejected"))
+        seen = P * P / 2 + (P * C + C * C / 2) + (P * R + R * R / 2)       # (query, key) pairs
+        total += config["num_hidden_layers"] * (2 * block * (P + C + R) + 4 * d * seen) + 2 * d * config["vocab_size"] * (C + R)
+    return 3 * total
+
+
+def measure(vocab, args):
+    """The figures of one vocabulary, as a dict."""
+    from model import checkpoint_tensors
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_job(folder, vocab, args.width, args.layers, args.pairs, args.max_length)
+        pairs = json.loads((folder / "pairs.json").read_text())
+        flops = useful_flops(folder, pairs)
+        n_weights = sum(math.prod(shape) for shape, _, _ in checkpoint_tensors(folder).values())
+        ways = ["ours", "padded"] + [f"trl-{b}x{args.pairs // b}" for b in args.trl_batches]
+        workers = {way: subprocess.Popen([sys.executable, __file__, "--serve", way, str(folder), str(args.rounds + 2)],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for way in ways}
+
+        def take_step(way):
+            workers[way].stdin.write("\n")
+            workers[way].stdin.flush()
+            answer = workers[way].stdout.readline()
+            if not answer:
+                raise RuntimeError(f"{way} ended early; its own output says why")
+            return json.loads(answer)
+
+        losses = {way: take_step(way)["loss"] for way in ways}      # warms up
+        warm = {way: take_step(way)["seconds"] for way in ways}
+        best = min(ways[2:], key=warm.get)
+        for way in ways[2:]:
+            if way != best:
+                workers[way].kill()
+        ways = ["ours", "padded", best]
+        rounds = []
+        for i in range(args.rounds):
+            rounds.append({way: take_step(way) for way in ways} | {"matmul": matmul_rate(args.width)})
+            print(f"vocabulary {vocab}, round {i + 1}: "
+                  + ", ".join(f"{way} {rounds[-1][way]['seconds']:.1f} s" for way in ways), file=sys.stderr, flush=True)
+        for worker in workers.values():
+            worker.kill()
+
+    lengths = [(len(p["prompt"]), len(p["chosen"]), len(p["rejected"])) for p in pairs]
+    batch = int(best[4:].split("x")[0])
+    padded_to = sum(2 * batch * max(P + max(C, R) for P, C, R in lengths[i:i + batch]) for i in range(0, len(lengths), batch))
+    median = lambda figure: {way: statistics.median(figure(r, way) for r in rounds) for way in ways}
+    return {
+        "vocabulary": vocab, "weights": n_weights, "pairs": args.pairs, "tokens": sum(map(sum, lengths)), "trl_best": best,
+        "trl_padding": 1 - sum(2 * P + C + R for P, C, R in lengths) / padded_to, "first_losses": losses,
+        "times_as_long_as_ours": median(lambda r, way: r[way]["seconds"] / r["ours"]["seconds"]),
+        "pairs_per_second": median(lambda r, way: args.pairs / r[way]["seconds"]),
+        "share_of_matmul_rate": median(lambda r, way: flops / r[way]["seconds"] / r["matmul"]),
+        # gradients are freed between steps, so a step's growth holds them; they are not what is asked for
+        "peak_bytes": {way: max(r[way]["peak"] for r in rounds) - 4 * n_weights for way in ways},
+        "warm_seconds": warm, "rounds": rounds,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=8, help="a step")
+    parser.add_argument("--trl_batches", type=int, nargs="+", default=[1, 2, 4], help="pairs a batch that TRL may choose from")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--output", default="benchmarks/step.json")
+    args = parser.parse_args()
+    results = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+               "torch": torch.__version__, "arguments": vars(args), "vocabularies": []}
+    for vocab in args.vocab:
+        r = measure(vocab, args)
+        results["vocabularies"].append(r)
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        print(f"vocabulary {vocab}, {r['tokens']} tokens in {r['pairs']} pairs; TRL best as {r['trl_best']}, "
+              f"{r['trl_padding']:.0%} of its positions padding; losses of the first step {r['first_losses']}")
+        for way in r["pairs_per_second"]:
+            print(f"  {way:10} {r['times_as_long_as_ours'][way]:5.2f} times as long, {r['pairs_per_second'][way]:6.2f} pairs/s, "
+                  f"{r['share_of_matmul_rate'][way]:4.0%} of the matmul rate, peak {r['peak_bytes'][way] / 1e6:6.0f} MB")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        answers, sys.stdout = sys.stdout, sys.stderr
+        serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main()
