@@ -312,6 +312,11 @@ class Transformer(nn.Module):
         """Log-probs of target tokens, in fp32 at least. states (R, dim), targets (R,) -> (R,)"""
         return TargetLogps.apply(states, self.head_weight, targets)
 
+    def group_losses(self, states, targets, sizes, loss):
+        """Sum of loss(i, log-probs) over groups of targets, of given sizes that add up to R: token_logps and its
+        gradient, a group at a time. loss gives a number for the i-th group's log-probs (size,). -> 0-d"""
+        return GroupLosses.apply(states, self.head_weight, targets, sizes, loss)
+
     def response_logps(self, tokens, pairs):
         """Log-probs of the response tokens of a packed row, as response_states lays them out. -> (R,)"""
         return self.token_logps(*self.response_states(tokens, pairs))
@@ -320,40 +325,89 @@ class Transformer(nn.Module):
 class TargetLogps(torch.autograd.Function):
     """log softmax(states @ weight.T)[target] with its gradient by hand, never more than MAX_LOGITS logits at once.
 
-    Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there. Train on a pair at
-    a time (train.py does) and they mostly fit: no logits but one pair's, and none computed twice.
+    Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there.
     A log-prob is z[target] - logsumexp(z), in fp32 (of bf16 logits, if the states are bf16): at a 128k vocabulary and the
     logits of a trained model torch's own fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
     """
 
     @staticmethod
     def forward(ctx, states, weight, targets):
-        ctx.rows = max(1, MAX_LOGITS // weight.shape[0])
-        logps, kept = [], None
-        for s, target in zip(states.split(ctx.rows), targets.split(ctx.rows)):
-            kept = None                                                        # free a piece before making the next
-            *kept, logp = _softmax(s, weight, target)
-            logps.append(logp)
+        logps, kept = _logps(states, weight, targets)
         ctx.save_for_backward(states, weight, targets)
-        ctx.kept = kept if len(logps) == 1 and any(ctx.needs_input_grad) else None
-        return torch.cat(logps)
+        ctx.kept = kept if any(ctx.needs_input_grad) else None
+        return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         states, weight, targets = ctx.saved_tensors
-        grad_states, grad_weight = torch.empty_like(states), torch.zeros_like(weight)
-        for i in range(0, len(states), ctx.rows):
-            rows, exps, grad_logits = slice(i, i + ctx.rows), None, None       # free a piece before making the next
-            exps, total = ctx.kept or _softmax(states[rows], weight, targets[rows])[:2]
-            ctx.kept = None                                                    # overwritten below
-            # d logp / d logits = onehot(target) - softmax(logits)
-            grad_logits = exps.mul_((-grad[rows] / total)[:, None])            # (rows, V)
-            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-            grad_logits = grad_logits.to(weight.dtype)
-            grad_states[rows] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, states[rows])
+        grad_weight = torch.zeros_like(weight)
+        grad_states = _logps_backward(grad, states, weight, targets, ctx.kept, grad_weight)
+        ctx.kept = None                                                        # overwritten
         return grad_states, grad_weight, None
+
+
+class GroupLosses(torch.autograd.Function):
+    """Sum of loss(i, log-probs) over groups i of targets, log-probs as of TargetLogps. The loss and its gradient are
+    computed a group after another, so that only one group's logits exist at once and none is computed twice (up to
+    MAX_LOGITS); and all groups add to one gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, sizes, loss):
+        needs_grad = any(ctx.needs_input_grad)
+        grads = (torch.empty_like(states), torch.zeros_like(weight)) if needs_grad else (None, None)
+        total, start = 0, 0
+        for i, size in enumerate(sizes):
+            group = slice(start, start + size)
+            logps, kept = _logps(states[group], weight, targets[group])
+            with torch.set_grad_enabled(needs_grad):
+                logps = logps.requires_grad_(needs_grad)
+                value = loss(i, logps)
+            if needs_grad:
+                (grad,) = torch.autograd.grad(value, logps)
+                grads[0][group] = _logps_backward(grad, states[group], weight, targets[group], kept, grads[1])
+            total, start, kept = total + value.detach(), start + size, None
+        ctx.grads = grads
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (grad_states, grad_weight), ctx.grads = ctx.grads, None
+        return grad_states.mul_(grad), grad_weight.mul_(grad), None, None, None
+
+
+def _pieces(weight, n):
+    """Slices of n rows whose logits are at most MAX_LOGITS each."""
+    rows = max(1, MAX_LOGITS // weight.shape[0])
+    return [slice(i, i + rows) for i in range(0, n, rows)]
+
+
+def _logps(states, weight, targets):
+    """Log-probs of targets (R,), and if all logits were in one piece what `_logps_backward` can use of them."""
+    logps, kept = [], None
+    pieces = _pieces(weight, len(states))
+    for rows in pieces:
+        kept = None                                                            # free a piece before making the next
+        *kept, logp = _softmax(states[rows], weight, targets[rows])
+        logps.append(logp)
+    return torch.cat(logps), kept if len(pieces) == 1 else None
+
+
+def _logps_backward(grad, states, weight, targets, kept, grad_weight):
+    """Gradient of the states (R, dim) from that of the log-probs (R,); adds that of the weight to grad_weight. What was
+    kept is overwritten."""
+    grad_states = torch.empty_like(states)
+    for rows in _pieces(weight, len(states)):
+        exps, grad_logits = None, None                                         # free a piece before making the next
+        exps, total = kept or _softmax(states[rows], weight, targets[rows])[:2]
+        # d logp / d logits = onehot(target) - softmax(logits)
+        grad_logits = exps.mul_((-grad[rows] / total)[:, None])                # (rows, V)
+        grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+        grad_logits = grad_logits.to(weight.dtype)
+        grad_states[rows] = grad_logits @ weight
+        grad_weight.addmm_(grad_logits.T, states[rows])
+    return grad_states
 
 
 def _softmax(states, weight, targets):

@@ -252,23 +252,21 @@ def run_row(model, row, config, grad_scale=None):
     """Scores the B pairs of a packed row. With grad_scale it also adds the gradient of grad_scale * (sum of losses).
 
     Returns (B, 5) in float64: loss, chosen reward, rejected reward, and the average log-probs of chosen and rejected.
-    The vocabulary head runs forward and backward a pair at a time, on states cut off from the body: only one pair's
-    logits exist at once, none is computed twice (up to MAX_LOGITS, see model.py), and the body's backward runs once
-    with the gradient collected so far.
+    The vocabulary head works a pair at a time: only one pair's logits exist at once.
     """
-    tokens = row.tokens.to(model.device)
-    states, targets = model.response_states(tokens, row.lengths)                       # (R, dim), (R,)
-    sizes = [C + R for _, C, R in row.lengths]
-    leaves = [s.detach().requires_grad_(grad_scale is not None) for s in states.split(sizes)]
+    states, targets = model.response_states(row.tokens.to(model.device), row.lengths)  # (R, dim), (R,)
     results = []
-    for pair, leaf, target, (_, C, R) in zip(row.pairs, leaves, targets.split(sizes), row.lengths):
-        chosen, rejected = average_logps(model.token_logps(leaf, target), (C, R)).split(1)
-        losses, chosen_rewards, rejected_rewards = pair_loss(config, pair, chosen, rejected)
-        if grad_scale is not None:
-            (grad_scale * losses.sum()).backward()
+
+    def loss(i, logps):
+        _, C, R = row.lengths[i]
+        chosen, rejected = average_logps(logps, (C, R)).split(1)
+        losses, chosen_rewards, rejected_rewards = pair_loss(config, row.pairs[i], chosen, rejected)
         results.append(torch.cat((losses, chosen_rewards, rejected_rewards, chosen, rejected)).detach())
+        return losses.sum()
+
+    total = model.group_losses(states, targets, [C + R for _, C, R in row.lengths], loss)
     if grad_scale is not None:
-        states.backward(torch.cat([leaf.grad for leaf in leaves]))
+        (grad_scale * total).backward()
     return torch.stack(results)
 
 
