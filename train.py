@@ -25,17 +25,17 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
-from data.preference import as_messages, check_fit, epoch_steps, hold_out, load_pairs, pack, read_jsonl
+from data.preference import (as_messages, check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
+                             read_jsonl, read_kept_pairs)
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
-                         save_checkpoint, say, write_whole)
+                         reuse_memory, save_checkpoint, say, write_whole)
 from generate import answer
 from tokenizer import load_chat_format, load_tokenizer
 
@@ -74,6 +74,7 @@ class TrainConfig:
     # Size.
     max_length: int = 2048                    # pairs whose prompt with either response is longer are dropped
     max_prompt_length: int = 1800             # so are pairs with longer prompts
+    cache: str = "runs/cache"                 # folder where tokens of large data are kept; empty: tokenise every time
     tokens_per_micro_batch: int = 8192        # a packed row; a step is as many rows as its pairs need
     recompute: bool = False                   # recompute activations in the backward pass: less memory, a third slower
 
@@ -106,7 +107,7 @@ METHODS = {   # the knobs of each method and their defaults: the paper's Mistral
     "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.1},
     "dpo": {"beta": 0.01},
 }
-PATHS = ("model", "data", "eval_data", "output", "judge", "judge_prompts")
+PATHS = ("model", "data", "eval_data", "output", "cache", "judge", "judge_prompts")
 CALL = ("resume", "plan")
 # May change when a run is resumed. The model and the pairs may have moved: their content is compared, not their place.
 FREE = (*PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
@@ -225,7 +226,7 @@ def identity_of(config, model, pairs, held_out):
         sha = hashlib.sha256()
         for pair in pairs:
             for ids in (pair.prompt, pair.chosen, pair.rejected):
-                sha.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+                sha.update(len(ids).to_bytes(4, "little") + ids.tobytes())
         return f"{len(pairs)} pairs, sha256 {sha.hexdigest()[:16]}"
     return {"config": {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
             "model": dataclasses.asdict(model.config),
@@ -402,6 +403,28 @@ def work_of(rows, seconds):
             "tokens_per_second": sum(tokens) / seconds}
 
 
+def tokenised_pairs(config, files, chat):
+    """load_pairs, once: of large files what comes out is kept in config.cache under a hash of all that goes in, and
+    all ranks of a node read it there. What is small every rank does for itself."""
+    limits = config.max_length, config.max_prompt_length
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file")
+    if not config.cache or sum(os.path.getsize(file) for file in files) < 2 * 10**7:
+        return load_pairs(files, chat, *limits)
+    sources = ("data/preference.py", "tokenizer.py")
+    tokenizer_files = [f for f in sorted(Path(config.model).glob("**/*")) if f.is_file() and f.suffix != ".safetensors"]
+    key = content_hash([*files, *tokenizer_files, *(ROOT / s for s in sources)], files, type(chat).__name__, limits)
+    kept = Path(config.cache) / f"{key[:32]}.safetensors"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not kept.exists():
+        workers = len(os.sched_getaffinity(0))
+        say(f"data     {', '.join(files)}: tokenising in {workers} processes")
+        keep_pairs(kept, *load_pairs(files, chat, *limits, workers=workers))
+    dist.barrier()
+    say(f"data     tokens are kept in {kept}")
+    return read_kept_pairs(kept)
+
+
 def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps):
     """The first lines of a run: what is about to be trained on what."""
     quantiles = lambda lengths: " / ".join(str(sorted(lengths)[int(q * (len(lengths) - 1))]) for q in (0, 0.5, 0.9, 1))
@@ -429,7 +452,7 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
           f"in rows of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a rank); "
           f"{config.epochs} epochs of {math.ceil(len(pairs) / config.pairs_per_step)} steps; {total_steps} steps in all")
     shortest = min(pairs, key=len)
-    show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids)
+    show = lambda ids: " ".join(repr(tokenizer.piece(i))[1:-1] for i in ids.tolist())
     print(f"pair     {shortest.source}, token by token; [scored]:\n         prompt    {show(shortest.prompt)}\n"
           f"         chosen   [{show(shortest.chosen)}]\n         rejected [{show(shortest.rejected)}]", flush=True)
 
@@ -439,6 +462,7 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
 def main(config):
     """Runs one job on the ranks that torchrun started, or alone. Returns its evaluations, the objects of metrics.jsonl
     with eval_ names, step 0 first. SystemExit with 128 + its number after a signal, with the run saved."""
+    reuse_memory()
     device = join_ranks(config)
     try:
         return run(config, device)
@@ -453,10 +477,9 @@ def run(config, device):
     say(f"ranks    {world} on {device.type}")
     tokenizer = load_tokenizer(config.model)
     chat = load_chat_format(config.model, tokenizer, config.chat_format or None)
-    limits = config.max_length, config.max_prompt_length
-    pairs, dropped = load_pairs(config.data, chat, *limits)
+    pairs, dropped = tokenised_pairs(config, config.data, chat)
     if config.eval_data:
-        held_out, dropped_held_out = load_pairs(config.eval_data, chat, *limits)
+        held_out, dropped_held_out = tokenised_pairs(config, config.eval_data, chat)
         dropped.update({f"{reason} (held out)": n for reason, n in dropped_held_out.items()})
     else:
         pairs, held_out = hold_out(pairs, config.eval_pairs, config.seed)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,8 @@ def main():
     expected = []
     for pair in row.pairs:
         for response in (pair.chosen, pair.rejected):
-            logits = theirs(torch.tensor([pair.prompt + response])).logits[0, len(pair.prompt) - 1:-1].double()
+            tokens = torch.from_numpy(np.concatenate((pair.prompt, response))).long()
+            logits = theirs(tokens[None]).logits[0, len(pair.prompt) - 1:-1].double()
             expected.append(logits.log_softmax(-1)[range(len(response)), response].mean())
     difference = (found - torch.stack(expected)).abs().max()
     print(f"{2 * len(row.pairs)} responses of {len(row.pairs)} pairs: average log-probs {found.mean():.4f} in the mean; "

@@ -13,21 +13,30 @@ where a turn is {"role": "system" | "user" | "assistant", "content": "..."}; oth
 A line that is none of them stops with file and line. A pair that cannot teach or does not fit is dropped and counted;
 nothing is ever cut.
 """
+import hashlib
 import heapq
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 
 @dataclass
 class PreferencePair:
-    prompt: list[int]      # ends where a response starts
-    chosen: list[int]      # with its one end token
-    rejected: list[int]
+    prompt: np.ndarray     # int32 ids; ends where a response starts
+    chosen: np.ndarray     # with its one end token
+    rejected: np.ndarray
     source: str            # file:line
     ref_logps: tuple[float, float] = (math.nan, math.nan)    # DPO only: summed log-probs under the starting model
 
@@ -53,19 +62,29 @@ class Dropped(Exception):
 
 def read_jsonl(path):
     """Yields ("file:line", object) of a JSON Lines file. ValueError names the line. Empty lines are passed over."""
+    for source, line in read_lines(path):
+        yield source, parse_line(source, line)
+
+
+def read_lines(path):
+    """Yields ("file:line", text) of the lines of a file that are not empty."""
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise ValueError(f"{path}:{number}: not valid JSON ({e})") from None
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{path}:{number}: expected a JSON object, found {line.strip()[:60]}")
-                    yield f"{path}:{number}", row
+                    yield f"{path}:{number}", line
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+
+
+def parse_line(source, line):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{source}: not valid JSON ({e})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{source}: expected a JSON object, found {line.strip()[:60]}")
+    return row
 
 
 def as_messages(prompt):
@@ -132,32 +151,82 @@ def encode_pair(row, source, chat, max_length, max_prompt_length):
     prompt, chosen, rejected = parse_row(row)
     if not chosen.strip() or not rejected.strip():
         raise Dropped("an empty answer")
-    prompt_ids = chat.encode_prompt(prompt)
-    pair = PreferencePair(prompt_ids, chat.encode_response(chosen), chat.encode_response(rejected), source)
-    if pair.chosen == pair.rejected:
+    ids = [chat.encode_prompt(prompt), chat.encode_response(chosen), chat.encode_response(rejected)]
+    if ids[1] == ids[2]:
         raise Dropped("identical answers")
-    if len(prompt_ids) > max_prompt_length:
+    if len(ids[0]) > max_prompt_length:
         raise Dropped(f"prompt over max_prompt_length = {max_prompt_length}")
-    if len(prompt_ids) + max(len(pair.chosen), len(pair.rejected)) > max_length:
+    if len(ids[0]) + max(len(ids[1]), len(ids[2])) > max_length:
         raise Dropped(f"prompt with response over max_length = {max_length}")
-    return pair
+    return PreferencePair(*(np.array(x, dtype=np.int32) for x in ids), source)
 
 
-def load_pairs(files, chat, max_length, max_prompt_length):
-    """(pairs, dropped) of JSON Lines files; dropped counts what was left out, by reason. ValueError names file:line."""
-    pairs, dropped = [], Counter()
-    for file in files:
-        for source, row in read_jsonl(file):
-            try:
-                pairs.append(encode_pair(row, source, chat, max_length, max_prompt_length))
-            except Dropped as reason:
-                dropped[str(reason)] += 1
-            except ValueError as e:
-                raise ValueError(f"{source}: {e}") from None
+def encode_line(line, chat, max_length, max_prompt_length):
+    """The PreferencePair of ("file:line", text), or the reason why it is dropped. ValueError names file:line."""
+    source, text = line
+    row = parse_line(source, text)
+    try:
+        return encode_pair(row, source, chat, max_length, max_prompt_length)
+    except Dropped as reason:
+        return str(reason)
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+
+
+def load_pairs(files, chat, max_length, max_prompt_length, workers=1):
+    """(pairs, dropped) of JSON Lines files; dropped counts what was left out, by reason. ValueError names file:line.
+    More than one worker: processes forked for it."""
+    lines = itertools.chain.from_iterable(map(read_lines, files))
+    encode = partial(encode_line, chat=chat, max_length=max_length, max_prompt_length=max_prompt_length)
+    pairs, dropped, began = [], Counter(), time.time()
+    with multiprocessing.get_context("fork").Pool(workers) if workers > 1 else nullcontext() as pool:
+        for n, result in enumerate(pool.imap(encode, lines, chunksize=256) if pool else map(encode, lines), 1):
+            if isinstance(result, str):
+                dropped[result] += 1
+            else:
+                pairs.append(result)
+            if n % 10_000 == 0:
+                print(f"data     {n} lines tokenised in {time.time() - began:.0f} s", flush=True)
     if not pairs:
         reasons = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the files are empty"
         raise ValueError(f"{', '.join(map(str, files))}: no pairs left to use ({reasons})")
     return pairs, dropped
+
+
+# --- keeping what was tokenised ---------------------------------------------------------------------------------------
+
+def content_hash(files, *others):
+    """Of the content of files and the values of others (numbers, strings), in hexadecimal."""
+    sha = hashlib.sha256(repr(others).encode())
+    for file in files:
+        with open(file, "rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()
+
+
+def keep_pairs(path, pairs, dropped):
+    """Writes pairs to a file for `read_kept_pairs`: all tokens in a row, lengths, and where they came from."""
+    files = list(dict.fromkeys(pair.source.rpartition(":")[0] for pair in pairs))
+    tensors = {
+        "tokens": np.concatenate([ids for p in pairs for ids in (p.prompt, p.chosen, p.rejected)]),
+        "lengths": np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], dtype=np.int32),
+        "places": np.array([(files.index(file), int(number)) for file, _, number in
+                            (p.source.rpartition(":") for p in pairs)], dtype=np.int32)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f"{path.name}.{os.getpid()}")
+    save_file(tensors, writing, metadata={"files": json.dumps(files), "dropped": json.dumps(dropped)})
+    writing.replace(path)
+
+
+def read_kept_pairs(path):
+    """(pairs, dropped) that `keep_pairs` wrote."""
+    with safe_open(path, "np") as f:
+        files, dropped = (json.loads(f.metadata()[name]) for name in ("files", "dropped"))
+        tokens, lengths, places = (f.get_tensor(name) for name in ("tokens", "lengths", "places"))
+    parts = np.split(tokens, lengths.ravel().cumsum()[:-1])
+    pairs = [PreferencePair(*parts[3 * i:3 * i + 3], f"{files[file]}:{number}")
+             for i, (file, number) in enumerate(places.tolist())]
+    return pairs, Counter(dropped)
 
 
 # --- order and packing ------------------------------------------------------------------------------------------------
@@ -208,6 +277,6 @@ def check_fit(pairs, tokens_per_row):
 
 
 def _pack_row(pairs, indices):
-    tokens = [token for pair in pairs for token in pair.prompt + pair.chosen + pair.rejected]
+    tokens = np.concatenate([ids for p in pairs for ids in (p.prompt, p.chosen, p.rejected)])
     lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
-    return PackedPairs(torch.tensor(tokens), lengths, pairs, indices)
+    return PackedPairs(torch.from_numpy(tokens).long(), lengths, pairs, indices)

@@ -1,6 +1,7 @@
 """Small models for the tests: a config folder, random weights that matter, and pairs of random tokens."""
 import json
 
+import numpy as np
 import torch
 
 from data.preference import PreferencePair
@@ -26,11 +27,11 @@ def small_model(folder, seed=0, dtype=torch.float64, **changes):
 def random_pairs(lengths, vocab_size=60, seed=0):
     """PreferencePairs of random tokens, of the given (prompt, chosen, rejected) lengths."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(vocab_size, (n,), generator=generator).tolist()
+    draw = lambda n: torch.randint(vocab_size, (n,), generator=generator, dtype=torch.int32).numpy()
     return [PreferencePair(draw(P), draw(C), draw(R), f"pairs.jsonl:{i + 1}") for i, (P, C, R) in enumerate(lengths)]
 
 
 def sequence_logp(model, prompt, response):
     """Log-probs of a response's tokens, by running its sequence alone and a plain log_softmax. -> (len(response),)"""
-    logits = model(torch.tensor(prompt + response))[len(prompt) - 1:-1]
+    logits = model(torch.from_numpy(np.concatenate((prompt, response))).long())[len(prompt) - 1:-1]
     return logits.log_softmax(-1)[range(len(response)), response]

@@ -2,9 +2,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
-from data.preference import PreferencePair, epoch_steps, hold_out, load_pairs, pack, parse_row
+from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack, parse_row,
+                             read_kept_pairs)
 
 
 class LetterChat:
@@ -51,8 +53,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_a_line_gives_the_same_pair(shape, tmp_path):
     (pair,), dropped = load(tmp_path, SHAPES[shape])
-    assert pair.prompt == [1, ord("q"), 2]
-    assert pair.chosen == [*b"good", 3] and pair.rejected == [*b"bad", 3]
+    assert pair.prompt.tolist() == [1, ord("q"), 2]
+    assert pair.chosen.tolist() == [*b"good", 3] and pair.rejected.tolist() == [*b"bad", 3]
     assert pair.source == f"{tmp_path}/pairs.jsonl:1" and not dropped
 
 
@@ -118,11 +120,41 @@ def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
         load_pairs([tmp_path / "latin.jsonl"], LetterChat(), 10, 10)
 
 
+def test_many_workers_and_what_is_kept_give_the_same_pairs(tmp_path, capsys):
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}" * (i % 5 + 1), "rejected": "bad" if i % 7 else f"good {i}"}
+            for i in range(1000)]
+    rows += [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 3
+    for name, part in (("a.jsonl", rows[:600]), ("b: c.jsonl", rows[600:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    files = [tmp_path / "a.jsonl", tmp_path / "b: c.jsonl"]
+    alone, dropped = load_pairs(files, LetterChat(), 100, 50)
+    many, dropped_by_many = load_pairs(files, LetterChat(), 100, 50, workers=3)
+    keep_pairs(tmp_path / "kept" / "x.safetensors", many, dropped_by_many)
+    kept, dropped_kept = read_kept_pairs(tmp_path / "kept" / "x.safetensors")
+    assert dropped == dropped_by_many == dropped_kept and dropped["identical answers"] == 3 + 29       # every 35th
+    for pairs in (many, kept):
+        assert [p.source for p in pairs] == [p.source for p in alone]
+        for p, q in zip(pairs, alone):
+            assert all(np.array_equal(getattr(p, name), getattr(q, name)) for name in ("prompt", "chosen", "rejected"))
+            assert p.prompt.dtype == np.int32
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{\n")
+    with pytest.raises(ValueError, match="a.jsonl:601: not valid JSON"):
+        load_pairs(files, LetterChat(), 100, 50, workers=3)
+
+
+def test_the_hash_of_data_depends_on_its_content_and_what_is_done_with_it(tmp_path):
+    for name, text in (("a", "xy"), ("b", "xy"), ("c", "xz")):
+        (tmp_path / name).write_text(text)
+    hashes = [content_hash([tmp_path / name], *others) for name, others in (
+        ("a", ()), ("b", ()), ("c", ()), ("a", (1,)), ("a", ("1",)))]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
 def make_pairs(lengths):
     """Pairs of the given (prompt, chosen, rejected) lengths; all tokens of a job are different."""
     n, pairs = 0, []
     for k, (P, C, R) in enumerate(lengths):
-        ids = list(range(n, n + P + C + R))
+        ids = np.arange(n, n + P + C + R)
         pairs.append(PreferencePair(ids[:P], ids[P:P + C], ids[P + C:], f"f:{k}"))
         n += P + C + R
     return pairs
@@ -135,7 +167,7 @@ def test_packing_keeps_every_token_once_and_respects_the_budget():
         assert max(len(row.tokens) for row in rows) <= budget
         assert sorted(p.source for row in rows for p in row.pairs) == sorted(p.source for p in pairs)
         for row in rows:
-            expected = [t for p in row.pairs for t in p.prompt + p.chosen + p.rejected]
+            expected = [t for p in row.pairs for t in [*p.prompt, *p.chosen, *p.rejected]]
             assert row.tokens.tolist() == expected
             assert row.lengths == [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in row.pairs]
     assert len(pack(pairs, 10**6)) == 1
@@ -169,7 +201,9 @@ def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     pairs = make_pairs([(1, 1, 1)] * 20)
     train, held_out = hold_out(pairs, 5, seed=1)
     assert len(held_out) == 5 and sorted(p.source for p in train + held_out) == sorted(p.source for p in pairs)
-    assert (train, held_out) == hold_out(pairs, 5, seed=1) and held_out != hold_out(pairs, 5, seed=2)[1]
-    assert hold_out(pairs, 0, seed=1) == (pairs, [])
+    sources = lambda pairs: [p.source for p in pairs]
+    assert [*map(sources, hold_out(pairs, 5, seed=1))] == [sources(train), sources(held_out)]
+    assert sources(held_out) != sources(hold_out(pairs, 5, seed=2)[1])
+    assert [*map(sources, hold_out(pairs, 0, seed=1))] == [sources(pairs), []]
     with pytest.raises(ValueError, match="cannot hold out 20 of 20"):
         hold_out(pairs, 20, seed=1)

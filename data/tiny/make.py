@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 
@@ -90,7 +91,8 @@ def teach(model, chat, rng, steps, prompts_per_step=64, peak_lr=2e-3):
         for _ in range(prompts_per_step):
             prompt, words = make_prompt(rng)
             ids = chat.encode_prompt([{"role": "user", "content": prompt}])
-            batch.append(PreferencePair(ids, *(chat.encode_response(careless_teacher(words, rng)) for _ in "ab"), ""))
+            answers = (chat.encode_response(careless_teacher(words, rng)) for _ in "ab")
+            batch.append(PreferencePair(*map(np.array, (ids, *answers)), ""))
         (row,) = pack(batch, 10**6)
         loss = -model.response_logps(row.tokens, row.lengths).mean()
         loss.backward()
