@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,15 +72,17 @@ def write_job(folder, vocab, width, layers, n_pairs, max_length):
 
 def ours(folder, pairs):
     from data.preference import PreferencePair, pack
-    from distributed import clip_gradients, join_ranks
+    from distributed import clip_gradients, join_ranks, reuse_memory
     from model import load_model
     from train import TrainConfig, make_optimizer, resolve_config, run_rows
     config = resolve_config(TrainConfig(model=str(folder), data=["-"], alpha=ALPHA, beta=BETA, learning_rate=LEARNING_RATE,
                                         gamma_beta_ratio=GAMMA_BETA_RATIO, weight_decay=0.0))
+    reuse_memory()
     join_ranks(config)
     model = load_model(folder)
     optimizer = make_optimizer(model, config)
-    pairs = [PreferencePair(p["prompt"], p["chosen"], p["rejected"], "") for p in pairs]
+    pairs = [PreferencePair(*(np.array(p[part], dtype=np.int32) for part in ("prompt", "chosen", "rejected")), "")
+             for p in pairs]
     while True:
         rows = pack(pairs, config.tokens_per_micro_batch)
         results, _ = run_rows(model, rows, config, 1 / len(pairs))
