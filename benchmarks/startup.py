@@ -1,6 +1,6 @@
 """From the start of train.py to its first step on many pairs: tokenised for the first time, and read from the cache.
 
-    python benchmarks/data.py --model DIR [--pairs 60000]
+    python benchmarks/startup.py --model DIR [--pairs 60000]
 
 Writes pairs of random words with the lengths of benchmarks/lengths.py (60,000 are 250 MB) to a temporary folder. Prints the
 seconds and the peak memory of train.py's process itself (model included) in both cases, and once on 8 pairs, to compare.
