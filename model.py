@@ -58,7 +58,7 @@ class ModelConfig:
 # Fields of config.json that say nothing about the computation. Every other one is used below or refused.
 IGNORED_FIELDS = set("""
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
-    unk_token_id initializer_range pretraining_tp attention_dropout _name_or_path max_window_layers id2label label2id
+    unk_token_id initializer_range pretraining_tp _name_or_path max_window_layers id2label label2id
     _attn_implementation_autoset unsloth_version unsloth_fixed return_dict output_attentions output_hidden_states
     chunk_size_feed_forward problem_type is_encoder_decoder _flash_attn_2_enabled max_sequence_length name_or_path
 """.split())

@@ -37,6 +37,7 @@ from distributed import (check_same_run, check_space, claim_output, clip_gradien
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
                          reuse_memory, save_checkpoint, say, write_whole)
 from generate import answer
+from model import COPIED_FILES
 from tokenizer import load_chat_format, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -112,6 +113,7 @@ CALL = ("resume", "plan")
 # May change when a run is resumed. The model and the pairs may have moved: their content is compared, not their place.
 FREE = (*PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
         "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every")
+CACHE_BYTES = 20 * 10**6    # smaller data is tokenised in a few seconds
 MAX_SKIPPED = 3     # steps in a row whose loss or gradient is not finite: then the run gives up
 
 
@@ -410,10 +412,10 @@ def tokenised_pairs(config, files, chat):
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file")
-    if not config.cache or sum(os.path.getsize(file) for file in files) < 2 * 10**7:
+    if not config.cache or sum(os.path.getsize(file) for file in files) < CACHE_BYTES:
         return load_pairs(files, chat, *limits)
     sources = ("data/preference.py", "tokenizer.py")
-    tokenizer_files = [f for f in sorted(Path(config.model).glob("**/*")) if f.is_file() and f.suffix != ".safetensors"]
+    tokenizer_files = [f for pattern in COPIED_FILES for f in sorted(Path(config.model).glob(pattern)) if f.is_file()]
     key = content_hash([*files, *tokenizer_files, *(ROOT / s for s in sources)], files, type(chat).__name__, limits)
     kept = Path(config.cache) / f"{key[:32]}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not kept.exists():

@@ -183,16 +183,36 @@ def done(seconds, loss):
     print(json.dumps({"seconds": seconds, "loss": loss, "peak": resident("VmHWM") - wait.before}), file=answers, flush=True)
 
 
-def serve(way, folder, steps):
-    pairs = json.loads((folder / "pairs.json").read_text())
-    if way.startswith("trl"):
-        return trl(folder, pairs, steps, int(way[4:].split("x")[0]))
-    step = {"ours": ours, "padded": padded}[way](folder, pairs)
+def serve(way, steps):
+    """Takes steps of a generator when asked."""
     for _ in range(steps):
         wait()
         began = time.perf_counter()
-        loss = next(step)
+        loss = next(way)
         done(time.perf_counter() - began, loss)
+
+
+class Worker:
+    """A process that takes a step each time it is asked, and waits in between."""
+
+    def __init__(self, program):
+        self.process = subprocess.Popen([sys.executable, *program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def take_step(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.process.args} ended early; its own output says why")
+        return json.loads(answer)
+
+    def kill(self):
+        self.process.kill()
+
+
+def machine():
+    model = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return {"machine": f"{model or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
 
 
 def matmul_rate(width):
@@ -231,19 +251,9 @@ def measure(vocab, args):
         flops = useful_flops(folder, pairs)
         n_weights = sum(math.prod(shape) for shape, _, _ in checkpoint_tensors(folder).values())
         ways = ["ours", "padded"] + [f"trl-{b}x{args.pairs // b}" for b in args.trl_batches]
-        workers = {way: subprocess.Popen([sys.executable, __file__, "--serve", way, str(folder), str(args.rounds + 2)],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for way in ways}
-
-        def take_step(way):
-            workers[way].stdin.write("\n")
-            workers[way].stdin.flush()
-            answer = workers[way].stdout.readline()
-            if not answer:
-                raise RuntimeError(f"{way} ended early; its own output says why")
-            return json.loads(answer)
-
-        losses = {way: take_step(way)["loss"] for way in ways}      # warms up
-        warm = {way: take_step(way)["seconds"] for way in ways}
+        workers = {way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + 2)]) for way in ways}
+        losses = {way: workers[way].take_step()["loss"] for way in ways}      # warms up
+        warm = {way: workers[way].take_step()["seconds"] for way in ways}
         best = min(ways[2:], key=warm.get)
         for way in ways[2:]:
             if way != best:
@@ -251,7 +261,7 @@ def measure(vocab, args):
         ways = ["ours", "padded", best]
         rounds = []
         for i in range(args.rounds):
-            rounds.append({way: take_step(way) for way in ways} | {"matmul": matmul_rate(args.width)})
+            rounds.append({way: workers[way].take_step() for way in ways} | {"matmul": matmul_rate(args.width)})
             print(f"vocabulary {vocab}, round {i + 1}: "
                   + ", ".join(f"{way} {rounds[-1][way]['seconds']:.1f} s" for way in ways), file=sys.stderr, flush=True)
         for worker in workers.values():
@@ -284,8 +294,7 @@ def main():
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--output", default="benchmarks/step.json")
     args = parser.parse_args()
-    results = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-               "torch": torch.__version__, "arguments": vars(args), "vocabularies": []}
+    results = machine() | {"arguments": vars(args), "vocabularies": []}
     for vocab in args.vocab:
         r = measure(vocab, args)
         results["vocabularies"].append(r)
@@ -300,6 +309,11 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         answers, sys.stdout = sys.stdout, sys.stderr
-        serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+        way, folder, steps = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+        pairs = json.loads((folder / "pairs.json").read_text())
+        if way.startswith("trl"):
+            trl(folder, pairs, steps, int(way[4:].split("x")[0]))
+        else:
+            serve({"ours": ours, "padded": padded}[way](folder, pairs), steps)
     else:
         main()

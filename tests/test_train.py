@@ -295,6 +295,24 @@ def test_the_saved_config_repeats_the_run_exactly(run, tmp_path):
     assert strip(metrics_of_run(tmp_path / "again")) == strip(metrics_of_run(run[0]))
 
 
+def test_large_data_is_tokenised_once(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "CACHE_BYTES", 1)
+    cache = tmp_path / "cache"
+    main(tiny_config(tmp_path / "first", cache=str(cache)))
+    (kept,) = cache.iterdir()
+    monkeypatch.setattr(train, "load_pairs", None)
+    main(tiny_config(tmp_path / "again", cache=str(cache)))
+    for name in ("first", "again"):
+        for a, b in zip(metrics_of_run(run[0]), metrics_of_run(tmp_path / name), strict=True):
+            assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+    assert "296 dropped: all scores equal" in capsys.readouterr().out.split("tokens are kept in")[2]
+    with pytest.raises(TypeError):      # other limits are other pairs
+        main(tiny_config(tmp_path / "other", cache=str(cache), max_length=100))
+    with pytest.raises(ValueError, match="absent.jsonl: no such file"):
+        main(tiny_config(tmp_path / "other", data=["absent.jsonl"]))
+    assert [*cache.iterdir()] == [kept]
+
+
 def test_accumulation_and_recomputation_give_the_same_run(run, tmp_path):
     main(tiny_config(tmp_path / "small", tokens_per_micro_batch=120, recompute=True))
     for a, b in zip(metrics_of_run(run[0]), metrics_of_run(tmp_path / "small")):
