@@ -250,15 +250,21 @@ def measure(vocab, args):
         pairs = json.loads((folder / "pairs.json").read_text())
         flops = useful_flops(folder, pairs)
         n_weights = sum(math.prod(shape) for shape, _, _ in checkpoint_tensors(folder).values())
-        ways = ["ours", "padded"] + [f"trl-{b}x{args.pairs // b}" for b in args.trl_batches]
-        workers = {way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + 2)]) for way in ways}
-        losses = {way: workers[way].take_step()["loss"] for way in ways}      # warms up
-        warm = {way: workers[way].take_step()["seconds"] for way in ways}
-        best = min(ways[2:], key=warm.get)
-        for way in ways[2:]:
-            if way != best:
-                workers[way].kill()
-        ways = ["ours", "padded", best]
+        start = lambda way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + 2)])
+        workers, losses, warm = {}, {}, {}
+        for way in ["ours", "padded"] + [f"trl-{b}x{args.pairs // b}" for b in args.trl_batches]:
+            worker = start(way)
+            losses[way] = worker.take_step()["loss"]
+            warm[way] = worker.take_step()["seconds"]
+            rival = next((w for w in workers if w.startswith("trl") and way.startswith("trl")), None)
+            if rival and warm[rival] <= warm[way]:      # of TRL's settings only the fastest stays: memory is short
+                worker.kill()
+                continue
+            if rival:
+                workers.pop(rival).kill()
+            workers[way] = worker
+        ways = list(workers)
+        best = ways[2]
         rounds = []
         for i in range(args.rounds):
             rounds.append({way: workers[way].take_step() for way in ways} | {"matmul": matmul_rate(args.width)})
