@@ -172,7 +172,8 @@ def resident(field):
 
 def wait():
     """Until this process is asked to take a step; its memory is then as low as it gets."""
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit()          # nobody asks any more
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")       # the peak begins here
