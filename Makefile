@@ -1,6 +1,6 @@
 # make train    sets up .venv and aligns the embedded tiny model (ARGS="--seed 1" and the like are passed on)
 # make test     sets up .venv and runs every test
-# make bench    sets up .venv-bench and times steps and the vocabulary head against TRL and Liger: an hour on 2 cores
+# make bench    sets up .venv-bench and times steps and the vocabulary head against TRL and Liger: half an hour on 2 cores
 PYTHON ?= python3
 
 .PHONY: train test bench
