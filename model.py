@@ -160,13 +160,13 @@ def pair_attention(q, k, v, pairs, window=None):
     Two plain causal calls a pair, prompt+chosen and prompt+rejected, the prompt's outputs of the second dropped. That
     repeats P^2 of attention and nothing else, and on CPU it beat or equalled every masked formulation that was tried.
     """
-    out, start = [], 0
-    for P, C, R in pairs:
-        prompt_end, chosen_end, end = start + P, start + P + C, start + P + C + R
-        out.append(causal_attention(*(x[start:chosen_end] for x in (q, k, v)), window))
-        with_rejected = (torch.cat((x[start:prompt_end], x[chosen_end:end])) for x in (q, k, v))
+    sizes, out = [size for P, C, R in pairs for size in (P + C, R)], []
+    # Split once: the gradient of a split is one concatenation, that of a slice a whole row of zeros.
+    parts = zip(*(x.split(sizes) for x in (q, k, v)))                          # (q, k, v) of P+C, of R, of P+C, ...
+    for (P, C, R), with_chosen, rejected in zip(pairs, parts, parts):
+        out.append(causal_attention(*with_chosen, window))
+        with_rejected = (torch.cat((x[:P], y)) for x, y in zip(with_chosen, rejected))
         out.append(causal_attention(*with_rejected, window)[P:])
-        start = end
     return torch.cat(out)                                                      # (T, H, D)
 
 
@@ -209,6 +209,52 @@ def rotate(x, cos, sin):
 
 # --- the transformer --------------------------------------------------------------------------------------------------
 
+class SwiGLU(torch.autograd.Function):
+    """(silu(gate) * up) @ down.T, with silu(gate) and the product computed again in the backward pass: of the four
+    (T, hidden_dim) tensors of a block, the largest there are, two are kept. gate, up (T, hidden_dim) -> (T, dim)"""
+
+    @staticmethod
+    def forward(ctx, gate, up, down):
+        ctx.save_for_backward(gate, up, down)
+        return F.linear(F.silu(gate).mul_(up), down)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, down = ctx.saved_tensors
+        silu = F.silu(gate)
+        grad_down = grad.T @ (silu * up)
+        grad = grad @ down                                                     # (T, hidden_dim)
+        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_down
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, as nn.RMSNorm. CUDA has a kernel for it; on CPUs PyTorch composes it
+    of eight operations and keeps three tensors like x for the backward pass, NormByHand one."""
+
+    def forward(self, x):
+        return super().forward(x) if x.is_cuda else NormByHand.apply(x, self.weight, self.eps)
+
+
+class NormByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()        # 1 / rms(x)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale                                                       # x / rms(x), in fp32 at least
+        grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad.to(unit.dtype), unit)[..., None] / x.shape[-1]
+        return (grad - unit * along).mul_(scale).to(x.dtype), grad_weight.to(weight.dtype), None
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -217,8 +263,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
         T = x.shape[0]
@@ -237,15 +283,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return SwiGLU.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, attend, recompute=False):
@@ -268,7 +314,7 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-            "norm": nn.RMSNorm(config.dim, config.norm_eps),
+            "norm": RMSNorm(config.dim, config.norm_eps),
         })
         if not config.tied:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)

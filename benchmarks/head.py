@@ -88,21 +88,21 @@ def main():
     lengths = pair_lengths(args.pairs, max_length=args.max_length)
     if args.serve:
         step.answers, sys.stdout = sys.stdout, sys.stderr
-        return step.serve({"ours": ours, "liger": liger}[args.serve](args.vocab[0], args.width, lengths), args.rounds + 1)
+        return step.serve({"ours": ours, "liger": liger}[args.serve](args.vocab[0], args.width, lengths), args.rounds + step.WARM_UP)
     results = step.machine() | {"arguments": vars(args), "lengths": lengths, "vocabularies": []}
     for vocab in args.vocab:
         job = ["--vocab", str(vocab), "--width", str(args.width), "--pairs", str(args.pairs), "--max_length",
                str(args.max_length), "--rounds", str(args.rounds)]
         workers = {way: step.Worker([__file__, *job, "--serve", way]) for way in ("ours", "liger")}
         losses = {way: worker.take_step()["loss"] for way, worker in workers.items()}
+        peaks = {way: worker.take_step()["peak"] - 4 * vocab * args.width for way, worker in workers.items()}
         rounds = [{way: worker.take_step() for way, worker in workers.items()} for _ in range(args.rounds)]
         for worker in workers.values():
             worker.kill()
-        gradients = 4 * (vocab * args.width)
         results["vocabularies"].append({
             "vocabulary": vocab, "first_losses": losses,
             "liger_times_as_long": statistics.median(r["liger"]["seconds"] / r["ours"]["seconds"] for r in rounds),
-            "peak_bytes": {way: max(r[way]["peak"] for r in rounds) - gradients for way in workers}, "rounds": rounds})
+            "peak_bytes": peaks, "rounds": rounds})
         r = results["vocabularies"][-1]
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
         print(f"vocabulary {vocab}: Liger takes {r['liger_times_as_long']:.2f} times as long; peak above the weight and its "

@@ -1,15 +1,16 @@
 """One whole optimiser step (forward, backward, clipping, AdamW) here and elsewhere: the same weights, pairs and machine.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py --output benchmarks/step.json       # ten minutes on 2 cores
+    python benchmarks/step.py                          # the vocabulary of Llama-2, 8 pairs a step: 12 minutes on 2 cores
+    python benchmarks/step.py --vocab 128256 --pairs 4 --output benchmarks/step-128k.json                # Llama-3's
 
 ours     train.py's step
-padded   a plain step with transformers: chosen and rejected padded side by side, logits of every position
+padded   a plain step with transformers, a pair at a time: chosen and rejected padded side by side, logits of every position
 trl-NxM  TRL's CPOTrainer with loss_type="alphapo", N pairs a batch, M batches a step, as a user runs it
 
 Each way is a process of its own, with the same model loaded. They take steps in turn, A B C A B C, while the others wait, so
 that a machine whose speed drifts slows all of them; what counts is the median of the ratios of a round. Peak memory is what a
-step adds to weights, gradients and AdamW's moments. Linux.
+second step adds to weights, gradients and AdamW's moments. Linux.
 """
 import argparse
 import ctypes
@@ -35,9 +36,10 @@ from lengths import pair_lengths
 
 ALPHA, BETA, GAMMA_BETA_RATIO, LEARNING_RATE = 0.25, 2.5, 0.1, 1e-6
 BOS, EOS, PAD = 0, 1, 2
+WARM_UP = 2     # steps of each way: their time does not count, their memory does
 
 
-def write_job(folder, vocab, width, layers, n_pairs, max_length):
+def write_job(folder, vocab, width, layers, lengths):
     """A random Llama in a Hugging Face folder with a tokenizer whose words are its ids, and pairs of random tokens."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,19 +66,20 @@ def write_job(folder, vocab, width, layers, n_pairs, max_length):
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(3, vocab, (n,), generator=generator).tolist()
     pairs = [{"prompt": [BOS, *draw(P - 1)], "chosen": [*draw(C - 1), EOS], "rejected": [*draw(R - 1), EOS]}
-             for P, C, R in pair_lengths(n_pairs, max_length=max_length)]
+             for P, C, R in lengths]
     (folder / "pairs.json").write_text(json.dumps(pairs))
 
 
 # --- the ways: generators that take one step each time they are asked, and yield its loss ----------------------------
 
-def ours(folder, pairs):
+def ours(folder, pairs, tokens_per_row):
     from data.preference import PreferencePair, pack
     from distributed import clip_gradients, join_ranks, reuse_memory
     from model import load_model
     from train import TrainConfig, make_optimizer, resolve_config, run_rows
     config = resolve_config(TrainConfig(model=str(folder), data=["-"], alpha=ALPHA, beta=BETA, learning_rate=LEARNING_RATE,
-                                        gamma_beta_ratio=GAMMA_BETA_RATIO, weight_decay=0.0))
+                                        gamma_beta_ratio=GAMMA_BETA_RATIO, weight_decay=0.0,
+                                        tokens_per_micro_batch=tokens_per_row))
     reuse_memory()
     join_ranks(config)
     model = load_model(folder)
@@ -92,7 +95,7 @@ def ours(folder, pairs):
         yield results[:, 0].mean().item()
 
 
-def padded(folder, pairs, batch=4):
+def padded(folder, pairs, batch=1):
     from transformers import AutoModelForCausalLM
 
     from alphapo import alphapo_loss
@@ -171,17 +174,23 @@ def resident(field):
 
 
 def wait():
-    """Until this process is asked to take a step; its memory is then as low as it gets."""
+    """Until this process is asked to take a step. Before the first WARM_UP its memory is made as low as it gets, to see how
+    far a step raises it; afterwards it is left as a run has it, since handing memory back costs time."""
     if not sys.stdin.readline():
         sys.exit()          # nobody asks any more
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")       # the peak begins here
-    wait.before = resident("VmRSS")
+    if wait.steps < WARM_UP:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")       # the peak begins here
+        wait.before = resident("VmRSS")
 
 
 def done(seconds, loss):
+    wait.steps += 1
     print(json.dumps({"seconds": seconds, "loss": loss, "peak": resident("VmHWM") - wait.before}), file=answers, flush=True)
+
+
+wait.steps = 0
 
 
 def serve(way, steps):
@@ -247,16 +256,18 @@ def measure(vocab, args):
     from model import checkpoint_tensors
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_job(folder, vocab, args.width, args.layers, args.pairs, args.max_length)
+        lengths = pair_lengths(args.pairs, max_length=args.max_length, prompts=args.prompts)
+        write_job(folder, vocab, args.width, args.layers, lengths)
         pairs = json.loads((folder / "pairs.json").read_text())
         flops = useful_flops(folder, pairs)
         n_weights = sum(math.prod(shape) for shape, _, _ in checkpoint_tensors(folder).values())
-        start = lambda way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + 2)])
-        workers, losses, warm = {}, {}, {}
+        start = lambda way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + WARM_UP), str(args.tokens_per_row)])
+        workers, losses, warm, peaks = {}, {}, {}, {}
         for way in ["ours", "padded"] + [f"trl-{b}x{args.pairs // b}" for b in args.trl_batches]:
             worker = start(way)
             losses[way] = worker.take_step()["loss"]
-            warm[way] = worker.take_step()["seconds"]
+            last = worker.take_step()
+            warm[way], peaks[way] = last["seconds"], last["peak"] - 4 * n_weights     # grown by gradients, not asked for
             rival = next((w for w in workers if w.startswith("trl") and way.startswith("trl")), None)
             if rival and warm[rival] <= warm[way]:      # of TRL's settings only the fastest stays: memory is short
                 worker.kill()
@@ -274,31 +285,32 @@ def measure(vocab, args):
         for worker in workers.values():
             worker.kill()
 
-    lengths = [(len(p["prompt"]), len(p["chosen"]), len(p["rejected"])) for p in pairs]
     batch = int(best[4:].split("x")[0])
-    padded_to = sum(2 * batch * max(P + max(C, R) for P, C, R in lengths[i:i + batch]) for i in range(0, len(lengths), batch))
+    longest = [max(P + max(C, R) for P, C, R in lengths[i:i + batch]) for i in range(0, len(lengths), batch)]
     median = lambda figure: {way: statistics.median(figure(r, way) for r in rounds) for way in ways}
     return {
         "vocabulary": vocab, "weights": n_weights, "pairs": args.pairs, "tokens": sum(map(sum, lengths)), "trl_best": best,
-        "trl_padding": 1 - sum(2 * P + C + R for P, C, R in lengths) / padded_to, "first_losses": losses,
+        "lengths": lengths, "trl_padding": 1 - sum(2 * P + C + R for P, C, R in lengths) / (2 * batch * sum(longest)),
+        "second_prompts": sum(P for P, _, _ in lengths) / sum(2 * P + C + R for P, C, R in lengths), "first_losses": losses,
         "times_as_long_as_ours": median(lambda r, way: r[way]["seconds"] / r["ours"]["seconds"]),
         "pairs_per_second": median(lambda r, way: args.pairs / r[way]["seconds"]),
         "share_of_matmul_rate": median(lambda r, way: flops / r[way]["seconds"] / r["matmul"]),
-        # gradients are freed between steps, so a step's growth holds them; they are not what is asked for
-        "peak_bytes": {way: max(r[way]["peak"] for r in rounds) - 4 * n_weights for way in ways},
+        "peak_bytes": peaks,
         "warm_seconds": warm, "rounds": rounds,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32000])      # padded at 128256 wants over 24 GB
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32000])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pairs", type=int, default=4, help="a step")
+    parser.add_argument("--pairs", type=int, default=8, help="a step")
     parser.add_argument("--trl_batches", type=int, nargs="+", default=[1, 2, 4], help="pairs a batch that TRL may choose from")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--prompts", choices=["ultrafeedback", "alpacaeval"], default="ultrafeedback", help="their lengths")
+    parser.add_argument("--tokens_per_row", type=int, default=1600, help="ours; has to hold the longest pair")
     parser.add_argument("--output", default="benchmarks/step.json")
     args = parser.parse_args()
     results = machine() | {"arguments": vars(args), "vocabularies": []}
@@ -307,7 +319,7 @@ def main():
         results["vocabularies"].append(r)
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
         print(f"vocabulary {vocab}, {r['tokens']} tokens in {r['pairs']} pairs; TRL best as {r['trl_best']}, "
-              f"{r['trl_padding']:.0%} of its positions padding; losses of the first step {r['first_losses']}")
+              f"{r['trl_padding']:.0%} of its positions padding, {r['second_prompts']:.0%} of its tokens second prompts; losses of the first step {r['first_losses']}")
         for way in r["pairs_per_second"]:
             print(f"  {way:10} {r['times_as_long_as_ours'][way]:5.2f} times as long, {r['pairs_per_second'][way]:6.2f} pairs/s, "
                   f"{r['share_of_matmul_rate'][way]:4.0%} of the matmul rate, peak {r['peak_bytes'][way] / 1e6:6.0f} MB")
@@ -321,6 +333,6 @@ if __name__ == "__main__":
         if way.startswith("trl"):
             trl(folder, pairs, steps, int(way[4:].split("x")[0]))
         else:
-            serve({"ours": ours, "padded": padded}[way](folder, pairs), steps)
+            serve(ours(folder, pairs, int(sys.argv[5])) if way == "ours" else padded(folder, pairs), steps)
     else:
         main()
