@@ -335,9 +335,9 @@ def noted_signals():
 
 def kept_per_token(c, recompute):
     """Numbers kept for the backward pass per token of a row, of a model with ModelConfig c."""
-    # In a block: inputs of two norms and what follows them, queries, keys and values (the prompt's twice) and what comes
-    # of them (twice), gate, up, silu(gate) and their product.
-    inside = 4 * c.dim + 5 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim + 4 * c.hidden_dim
+    # In a block: inputs of two norms and what follows them, queries, keys and values (the prompt's and rejected's twice)
+    # and what comes of them (twice), gate and up.
+    inside = 4 * c.dim + 3 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim + 2 * c.hidden_dim
     return c.n_layers * c.dim + inside if recompute else c.n_layers * inside
 
 

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 # The vocabulary head holds at most this many logits at once, as fp32: 1 GiB, or 2,092 tokens at Llama-3's vocabulary.
@@ -142,31 +143,33 @@ def read_config(folder):
 # --- attention: who sees whom in a row --------------------------------------------------------------------------------
 
 def causal_attention(q, k, v, window=None):
-    """Plain causal attention of one sequence. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
-    T, groups = q.shape[0], q.shape[1] // k.shape[1]
+    """Plain causal attention of the last Tq tokens of a sequence of Tk. q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)"""
+    Tq, Tk, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, H or K, T, D)
-    if window is None or T <= window:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    else:
-        band = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # a mask with enable_gqa is slow on CUDA
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=band)
-    return out[0].transpose(0, 1)                                              # (T, H, D)
+    mask = None
+    if window is not None and window < Tk or Tq < Tk and not q.is_cuda:
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+        mask = mask if window is None else mask.triu(Tk - Tq + 1 - window)
+        if q.is_cuda:                                                          # a mask with enable_gqa is slow there
+            k, v, groups = *(x.repeat_interleave(groups, 1) for x in (k, v)), 1
+    elif Tq < Tk:
+        mask = causal_lower_right(Tq, Tk)                                      # a flash kernel, no mask in memory
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+    return out[0].transpose(0, 1)                                              # (Tq, H, D)
 
 
 def pair_attention(q, k, v, pairs, window=None):
     """Attention in a row of [prompt | chosen | rejected] pairs: each response sees the prompt and itself.
 
-    Two plain causal calls a pair, prompt+chosen and prompt+rejected, the prompt's outputs of the second dropped. That
-    repeats P^2 of attention and nothing else, and on CPU it beat or equalled every masked formulation that was tried.
+    Two causal calls a pair: prompt and chosen, and the queries of rejected against the keys of prompt and rejected. That
+    repeats nothing but the prompt's keys and values, and on CPU it beat or equalled every other formulation tried.
     """
     sizes, out = [size for P, C, R in pairs for size in (P + C, R)], []
     # Split once: the gradient of a split is one concatenation, that of a slice a whole row of zeros.
     parts = zip(*(x.split(sizes) for x in (q, k, v)))                          # (q, k, v) of P+C, of R, of P+C, ...
-    for (P, C, R), with_chosen, rejected in zip(pairs, parts, parts):
-        out.append(causal_attention(*with_chosen, window))
-        with_rejected = (torch.cat((x[:P], y)) for x, y in zip(with_chosen, rejected))
-        out.append(causal_attention(*with_rejected, window)[P:])
+    for (P, _, _), (q1, k1, v1), (q2, k2, v2) in zip(pairs, parts, parts):
+        out.append(causal_attention(q1, k1, v1, window))
+        out.append(causal_attention(q2, torch.cat((k1[:P], k2)), torch.cat((v1[:P], v2)), window))
     return torch.cat(out)                                                      # (T, H, D)
 
 
@@ -283,7 +286,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
 
     def forward(self, x):
-        return SwiGLU.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        gate, up = self.gate_proj(x), self.up_proj(x)                          # (T, hidden_dim)
+        if torch.is_grad_enabled():
+            return SwiGLU.apply(gate, up, self.down_proj.weight)
+        return self.down_proj(F.silu(gate).mul_(up))                           # nothing is kept
 
 
 class Block(nn.Module):

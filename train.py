@@ -555,8 +555,9 @@ def run(config, device):
             answers, scores = judge(model)
             m["judge_score"] = statistics.mean(scores)
             m["judge_stderr"] = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+            m["judge_tokens"] = statistics.mean(len(chat.encode_response(a)) for a in answers)
             say(f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of {len(scores)} "
-                "sampled answers to held-out prompts")
+                f"sampled answers to held-out prompts, {m['judge_tokens']:.0f} tokens each")
             if dist.get_rank() == 0:
                 judge.keep(output, step, answers, scores)
                 if step == len(steps):

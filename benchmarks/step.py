@@ -1,8 +1,8 @@
 """One whole optimiser step (forward, backward, clipping, AdamW) here and elsewhere: the same weights, pairs and machine.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step.py                          # the vocabulary of Llama-2, 8 pairs a step: 12 minutes on 2 cores
-    python benchmarks/step.py --vocab 128256 --pairs 4 --output benchmarks/step-128k.json                # Llama-3's
+    python benchmarks/step.py                          # the vocabulary of Llama-2, 4 pairs a step: 6 minutes on 2 cores
+    python benchmarks/step.py --vocab 128256 --output benchmarks/step-128k.json                # Llama-3's
 
 ours     train.py's step
 padded   a plain step with transformers, a pair at a time: chosen and rejected padded side by side, logits of every position
@@ -236,30 +236,25 @@ def matmul_rate(width):
     return best
 
 
-def useful_flops(folder, pairs):
-    """Of a step that computes prompts once, logits of response tokens only, and causal attention; backward is twice
-    forward."""
-    config = json.loads((folder / "config.json").read_text())
-    d, h, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kv = config["num_key_value_heads"]
-    block = d * (2 * d + 2 * d * kv // heads + 3 * h)
+def useful_flops(c, lengths):
+    """Of a step of a model with ModelConfig c that computes prompts once, logits of response tokens only, and causal
+    attention; backward is twice forward."""
+    block = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
     total = 0
-    for p in pairs:
-        P, C, R = (len(p[name]) for name in ("prompt", "chosen", "rejected"))
+    for P, C, R in lengths:
         seen = P * P / 2 + (P * C + C * C / 2) + (P * R + R * R / 2)       # (query, key) pairs
-        total += config["num_hidden_layers"] * (2 * block * (P + C + R) + 4 * d * seen) + 2 * d * config["vocab_size"] * (C + R)
+        total += c.n_layers * (2 * block * (P + C + R) + 4 * c.n_heads * c.head_dim * seen) + 2 * c.dim * c.vocab_size * (C + R)
     return 3 * total
 
 
 def measure(vocab, args):
     """The figures of one vocabulary, as a dict."""
-    from model import checkpoint_tensors
+    from model import checkpoint_tensors, read_config
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         lengths = pair_lengths(args.pairs, max_length=args.max_length, prompts=args.prompts)
         write_job(folder, vocab, args.width, args.layers, lengths)
-        pairs = json.loads((folder / "pairs.json").read_text())
-        flops = useful_flops(folder, pairs)
+        flops = useful_flops(read_config(folder), lengths)
         n_weights = sum(math.prod(shape) for shape, _, _ in checkpoint_tensors(folder).values())
         start = lambda way: Worker([__file__, "--serve", way, str(folder), str(args.rounds + WARM_UP), str(args.tokens_per_row)])
         workers, losses, warm, peaks = {}, {}, {}, {}
@@ -304,7 +299,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pairs", type=int, default=8, help="a step")
+    parser.add_argument("--pairs", type=int, default=4, help="a step")
     parser.add_argument("--trl_batches", type=int, nargs="+", default=[1, 2, 4], help="pairs a batch that TRL may choose from")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)

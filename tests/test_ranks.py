@@ -656,10 +656,11 @@ def test_the_plan_counts_the_state_of_each_rank_exactly(data, tmp_path, capsys):
     assert re.search(rf"\n +2 +{16 * n / 2 / 1e9:.1f} ", capsys.readouterr().out)
 
 
+SYNC = "--sync_every_micro_batch"
 PLANNED = {      # README's table: the model as (dim, layers, heads, vocabulary), other flags
-    "Mistral-7B-Instruct-v0.2": ((4096, 32, 32, 32000), [[], ["--sync_every_micro_batch"]]),
-    "Meta-Llama-3-8B-Instruct": ((4096, 32, 32, 128256), [[], ["--sync_every_micro_batch"]]),
-    "Meta-Llama-3-70B-Instruct": ((8192, 80, 64, 128256), [["--sync_every_micro_batch"]]),
+    "Mistral-7B-Instruct-v0.2": ((4096, 32, 32, 32000), [[], [SYNC], [SYNC, "--no-recompute"]]),
+    "Meta-Llama-3-8B-Instruct": ((4096, 32, 32, 128256), [[], [SYNC], [SYNC, "--no-recompute"]]),
+    "Meta-Llama-3-70B-Instruct": ((8192, 80, 64, 128256), [[SYNC]]),
 }
 
 

@@ -1,0 +1,70 @@
+"""How far a trained model has gone from its start: KL divergence per token, on answers sampled from the trained model.
+
+    python experiments/drift.py --model runs/first/step-000100 --start SmolLM2-135M-Instruct --prompts held_out.jsonl
+
+Answers are drawn at temperature 1 from the whole distribution, as the definition of KL has it. At each of their tokens the
+divergence of the two next-token distributions is summed over the vocabulary, which is far less noisy than the log-ratio of the
+token that was drawn. The standard error is over answers.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the project's root, for its modules
+
+from data.preference import as_messages, read_jsonl
+from generate import generate
+from model import load_model
+from tokenizer import load_chat_format, load_tokenizer
+
+
+@torch.no_grad()
+def kl_of_answer(model, start, prompt, answer):
+    """Sum over the tokens of an answer of KL(model || start) in their contexts, in nats. prompt, answer: lists of ids."""
+    tokens = torch.tensor(prompt + answer, device=model.device)
+    logp, logq = (m(tokens)[len(prompt) - 1:-1].double().log_softmax(-1) for m in (model, start))     # (R, V)
+    return (logp.exp() * (logp - logq)).sum().item()
+
+
+def drift(model, start, chat, prompts, *, samples=1, seed=0, max_new_tokens=512, batch_size=32):
+    """KL per token of `samples` answers to each prompt (lists of turns, or strings). Returns a dict: kl and kl_stderr in
+    nats per token, tokens per answer, and cut, the share of answers that reached max_new_tokens."""
+    ids = [chat.encode_prompt(as_messages(p)) for p in prompts]
+    answers = generate(model, ids, seeds=[(seed, i) for i in range(len(ids))], stop_ids=chat.stop_ids, samples=samples,
+                       temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    sums, sizes, cut = [], [], 0
+    for prompt, some in zip(ids, answers):
+        for answer in some:
+            whole = len(answer) < max_new_tokens
+            answer = answer + [chat.end_id] * whole       # ending is a choice as well
+            sums.append(kl_of_answer(model, start, prompt, answer))
+            sizes.append(len(answer))
+            cut += not whole
+    kl = sum(sums) / sum(sizes)
+    # Of a ratio of two sums over independent answers.
+    spread = sum((s - kl * n)**2 for s, n in zip(sums, sizes)) * len(sums) / max(1, len(sums) - 1)
+    return {"kl": kl, "kl_stderr": math.sqrt(spread) / sum(sizes), "tokens": sum(sizes) / len(sizes), "cut": cut / len(sizes)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder of the trained model")
+    parser.add_argument("--start", required=True, help="folder of the model it was trained from")
+    parser.add_argument("--prompts", required=True, help="JSON Lines of held-out prompts")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, start = load_model(args.model), load_model(args.start)
+    chat = load_chat_format(args.model, load_tokenizer(args.model))
+    prompts = [row["prompt"] for _, row in read_jsonl(args.prompts)]
+    d = drift(model, start, chat, prompts, samples=args.samples, seed=args.seed, max_new_tokens=args.max_new_tokens)
+    print(f"KL to the start {d['kl']:.5f} +- {d['kl_stderr']:.5f} nats per token, on {len(prompts) * args.samples} answers of "
+          f"{d['tokens']:.0f} tokens on average; {d['cut']:.0%} of them were cut at {args.max_new_tokens}")
+
+
+if __name__ == "__main__":
+    main()
