@@ -135,7 +135,7 @@ def read_config(folder, others=()):
         tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
     for field, value in unread.items():
-        if field not in IGNORED_FIELDS and field not in others and value:     # a null, false or empty field switches nothing on
+        if value and field not in IGNORED_FIELDS and field not in others:     # a null, false or empty one says nothing
             refuse(field, value, "no such field (if it does not change the computation, add it to IGNORED_FIELDS)")
     return config
 

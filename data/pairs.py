@@ -3,12 +3,12 @@
     python data/pairs.py --input scored.jsonl --output pairs.jsonl
     python data/pairs.py --input scored.jsonl --output pairs.jsonl --min_gap 0.01 --uncertainty 1
 
-The input is what data/score.py writes. train.py reads such files too (by the same rule, but without these options), so
-this is for a look at the pairs, for --min_gap and for --uncertainty. A line of the output is {"prompt", "chosen",
-"rejected", "chosen_score", "rejected_score"}.
+The input is what data/score.py writes. train.py reads such files too, by the same rule but without these options.
+A line of the output is {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}. Only ties and small gaps are
+dropped here; empty, identical and too long answers are when train.py reads the pairs.
 
 --uncertainty K takes K standard deviations between the scorers (of one answer's scores, as of a whole population) off
-its mean score, for best and worst alike: an answer on which scorers disagree is chosen more rarely, rejected more often.
+its mean score, for best and worst alike: answers on which scorers disagree are chosen less often and rejected more.
 """
 import argparse
 import json
@@ -30,7 +30,8 @@ def cautious_scores(row, uncertainty):
     if not isinstance(scores, list) or len(scores) < 2:
         raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for --uncertainty")
     for i, one in enumerate(scores, 1):
-        if not isinstance(one, list) or len(one) != n or not all(type(s) in (int, float) and math.isfinite(s) for s in one):
+        fine = isinstance(one, list) and all(type(s) in (int, float) and math.isfinite(s) for s in one)
+        if not fine or len(one) != n:
             raise ValueError(f"all_scorer_scores, scorer {i}; expected a list of {n} finite numbers, one an answer")
     return [statistics.fmean(s) - uncertainty * statistics.pstdev(s) for s in zip(*scores)]
 
@@ -48,7 +49,7 @@ def make_pair(row, min_gap=0.0, uncertainty=0.0):
 
 
 def make_pairs(path, min_gap=0.0, uncertainty=0.0):
-    """(pairs, dropped) of a JSON Lines file; dropped counts what was left out, by reason. ValueError names file:line."""
+    """(pairs, dropped) of a JSON Lines file; dropped counts what was left out, by reason. ValueError names the line."""
     pairs, dropped = [], Counter()
     for source, row in read_jsonl(path):
         try:

@@ -62,8 +62,9 @@ def main(argv=None):
                     raise ValueError(f"{name}, {split}, row {n}: {e}") from None
                 others += not agrees
                 print(json.dumps(line, ensure_ascii=False), file=f)
-        print(f"{folder / split}.jsonl: {n} lines" + (f"; the pair of {others} is not the best answer against the worst "
-                                                      "by score; it is kept as published" if others else ""))
+        print(f"{folder / split}.jsonl: {n} lines"
+              + (f"; in {others} the pair is not the best answer against the worst by score, and kept as published"
+                 if others else ""))
 
 
 if __name__ == "__main__":

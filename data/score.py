@@ -3,15 +3,15 @@
     python data/score.py --input answers.jsonl --output scored.jsonl --judge data/tiny/judge.py:score
     python data/score.py --input answers.jsonl --output scored.jsonl --reward_model ArmoRM-Llama3-8B-v0.1
 
-A judge is a Python function, called with (prompt turns, answer), that returns a number. A reward model is a Hugging Face
-folder with one of two heads in place of the vocabulary: a single number, `score.weight` (1, dim), as of
-LlamaForSequenceClassification (or Mistral's, or Qwen's), or ArmoRM's gated objectives. It reads the end token of the
-answer, laid out by the chat format of its own files. Where its makers' template differs from that (a date in the
-system turn, text after the end token) so do the scores.
+A judge is a Python function, called with (prompt turns, answer), that returns a number. A reward model is a folder in
+Hugging Face's format with one of two heads in place of the vocabulary: a single number, `score.weight` (1, dim), as of
+LlamaForSequenceClassification (Mistral's and Qwen's are alike), or ArmoRM's gated objectives. It reads the end token of
+an answer that is laid out by the chat format of its own files. Where its makers' template differs from that (a date in
+the system turn, a newline after the end token), so do the scores.
 
-Of several scorers, judges first, `all_scorer_scores` holds a list each and `all_rm_scores` their mean. Nothing is
-rescaled: a mean of scores between 0 and 100 and scores between 0 and 1 is the first, so the end of a run prints every
-scorer's mean and spread. `scorers` names them, and by these names an output that is begun is gone on with.
+Several scorers may be given. `all_rm_scores` is then their mean, and `all_scorer_scores` holds the list of each one,
+judges first. Nothing is rescaled: next to scores from 0 to 100 those from 0 to 1 do not count, so the end of a run
+prints every scorer's mean and spread. `scorers` names them; an output that the same scorers began is gone on with.
 """
 import argparse
 import importlib.util
@@ -85,6 +85,7 @@ class ScalarReward(Transformer):
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
+        self.pad_id = fields.get("pad_token_id")
         self.score = nn.Linear(config.dim, 1, bias=False)
 
     def reward(self, ends, prompt):
@@ -101,15 +102,16 @@ class GatedReward(Transformer):
     """
     defaults = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3, "gating_temperature": 10}
     others = ("num_labels", "auto_map", *defaults)
-    # The gate reads the first of these, <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n, where a prompt ends.
+    # A prompt ends with <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n; the gate reads the first of these.
     prompt_end = [128009, 128006, 78191, 128007, 271]
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
+        self.pad_id = fields.get("pad_token_id")
         J, width, n, self.temperature = (fields.get(name, default) for name, default in self.defaults.items())
         if not all(type(x) is int and x > 0 for x in (J, width, n)) or not self.temperature > 0:
-            raise ValueError(f"config.json: {', '.join(self.defaults)} are {J}, {width}, {n}, {self.temperature}; expected "
-                             "positive numbers")
+            raise ValueError(f"config.json: {', '.join(self.defaults)} are {J}, {width}, {n}, {self.temperature}; "
+                             "expected positive numbers")
         widths = [config.dim] + [width] * n + [J]
         self.regression_layer = nn.Linear(config.dim, J, bias=False)
         self.reward_transform_matrix = nn.Parameter(torch.empty(J, J))
@@ -127,12 +129,12 @@ class GatedReward(Transformer):
 
 
 def load_reward_model(folder, dtype=torch.float32, device="cpu"):
-    """A Transformer with the head that its weights name. The head computes in fp32: in bf16 a score of 0.1 moves in steps
-    of 0.0005, and answers that differ would tie."""
+    """A Transformer with the head that its weights name. The head computes in fp32: in bf16 a score of 0.1 moves in
+    steps of 0.0005, and answers that differ would tie."""
     found = checkpoint_tensors(folder)
     kind = GatedReward if "regression_layer.weight" in found else ScalarReward
     if kind is ScalarReward and "score.weight" not in found:
-        raise ValueError(f"{folder}: neither a weight score.weight nor regression_layer.weight; expected a reward model")
+        raise ValueError(f"{folder}: no weight score.weight or regression_layer.weight; expected a reward model")
     fields = lambda: json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     model = load_model(folder, dtype, device, build=lambda config: kind(config, fields()), others=kind.others)
     for name, p in model.named_parameters():
@@ -172,6 +174,9 @@ def reward_scorer(folder, chat_format=None):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
                          f"{model.config.vocab_size} rows; the files do not belong together")
+    if model.pad_id == chat.end_id:
+        raise ValueError(f"{folder}: pad_token_id = {model.pad_id} of config.json is the end token of an answer, so that "
+                         "transformers reads the token before it; to read the end token set it to null")
     if prompt_end and chat.encode_prompt([{"role": "user", "content": "Hi"}])[-len(prompt_end):] != prompt_end:
         raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; chat format "
                          f"{type(chat).__name__} of this tokenizer ends it otherwise")
@@ -230,7 +235,7 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="JSON Lines file to write or to go on with")
     parser.add_argument("--judge", nargs="+", default=[], metavar="FILE.py:FUNCTION")
     parser.add_argument("--reward_model", nargs="+", default=[], metavar="FOLDER")
-    parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="of reward models; read from their files if not given")
+    parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="of reward models; if not given as their files say")
     args = parser.parse_args(argv)
     if not args.judge and not args.reward_model:
         parser.error("give --judge, --reward_model or both")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from data import score as score_py
 from data.preference import load_pairs, read_jsonl
 from data.score import load_judge, load_reward_model, main, reward_scorer, rewards
-from oracles import LLAMA3_MODEL, RawMessage, llama3_chat_format
+from oracles import LLAMA3_MODEL, llama3_prompt
 from test_preference import LetterChat
 from tokenizer import load_chat_format, load_tokenizer
 from train import ROOT
@@ -127,17 +127,14 @@ def test_the_gated_head_gives_armorms_rewards_on_the_official_tokens(gated):
              {"role": "assistant", "content": "Hello!"}, *TURNS]        # the pattern is there twice
     expected = []
     for answer in ANSWERS:
-        chat = llama3_chat_format()
-        ids = [chat.tokenizer.bos_id]
-        for m in [*turns, {"role": "assistant", "content": answer}]:
-            ids += chat.encode_message(RawMessage(**m), "function_tag")[0] + [chat.tokenizer.special_tokens["<|eot_id|>"]]
+        ids = llama3_prompt([*turns, {"role": "assistant", "content": answer}])[:-4]    # less the header that follows
         expected.append(gated_reward(theirs, head, ids).item())
     assert reward_scorer(folder)(turns, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 1e-2
 
 
 def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_path):
-    with pytest.raises(ValueError, match="neither a weight score.weight nor regression_layer.weight"):
+    with pytest.raises(ValueError, match="no weight score.weight or regression_layer.weight"):
         reward_scorer(TINY / "model")
 
     def changed(folder, name, **fields):
@@ -146,11 +143,13 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps(config | fields))
         return copy
-    with pytest.raises(ValueError, match="gating.layers.0.bias has shape .24,.; config.json asks for .25,."):
+    with pytest.raises(ValueError, match="gating.layers.0.weight has shape .24, 32.; config.json asks for .25, 32."):
         reward_scorer(changed(gated[0], "width", gating_hidden_dim=25))
     with pytest.raises(ValueError, match="gating_temperature are 5, 24, 3, 0; expected positive numbers"):
         reward_scorer(changed(gated[0], "temperature", gating_temperature=0))
-    with pytest.raises(ValueError, match="auto_map = .* is not supported"):      # code of its own, computing who knows what
+    with pytest.raises(ValueError, match="pad_token_id = 2 of config.json is the end token"):
+        reward_scorer(changed(scalar[0], "padded", pad_token_id=2))
+    with pytest.raises(ValueError, match="auto_map = .* is not supported"):      # code of its own may compute anything
         reward_scorer(changed(scalar[0], "custom", auto_map={"AutoModel": "x.py"}))
 
     sentencepiece = changed(gated[0], "tokens")
@@ -184,7 +183,8 @@ def job(tmp_path):
     (tmp_path / "judge.py").write_text(JUDGES)
 
     def job(rows, *judges):
-        (tmp_path / "in.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (tmp_path / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
         main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl", "--judge",
               *(f"{tmp_path}/judge.py:{judge}" for judge in judges)])
         return [row for _, row in read_jsonl(tmp_path / "out.jsonl")]
@@ -205,8 +205,8 @@ def test_several_scorers_keep_their_scores_beside_the_mean(job):
 
 def test_a_judge_and_a_reward_model_score_together(job, scalar, tmp_path):
     job([{"prompt": TURNS, "all_generated_responses": ANSWERS}], "length")
-    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/both.jsonl", "--judge", f"{tmp_path}/judge.py:length",
-          "--reward_model", str(scalar[0])])
+    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/both.jsonl",
+          "--judge", f"{tmp_path}/judge.py:length", "--reward_model", str(scalar[0])])
     ((_, row),) = read_jsonl(tmp_path / "both.jsonl")
     expected = expected_rewards(*scalar)
     assert row["all_scorer_scores"][0] == [len(answer) for answer in ANSWERS]
@@ -285,10 +285,10 @@ def test_the_loop_from_answers_to_pairs_by_its_commands(tmp_path):
     unscored = [{name: row[name] for name in ("prompt", "all_generated_responses")} for row in rows]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unscored))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (["score.py", "--input", "answers.jsonl", "--output", "scored.jsonl", "--judge", f"{TINY}/judge.py:score"],
-                    ["pairs.py", "--input", "scored.jsonl", "--output", "pairs.jsonl"]):
-        done = subprocess.run([sys.executable, str(ROOT / "data" / command[0]), *command[1:]], cwd=tmp_path,
-                              capture_output=True, text=True)
+    for script, *flags in (["score.py", "answers.jsonl", "scored.jsonl", "--judge", f"{TINY}/judge.py:score"],
+                           ["pairs.py", "scored.jsonl", "pairs.jsonl"]):
+        command = [sys.executable, str(ROOT / "data" / script), "--input", flags[0], "--output", *flags[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     scored = [row for _, row in read_jsonl(tmp_path / "scored.jsonl")]
     assert all(math.isclose(a, b, abs_tol=0.051) for new, old in zip(scored, rows, strict=True)
