@@ -65,8 +65,9 @@ IGNORED_FIELDS = set("""
 """.split())
 
 
-def read_config(folder):
-    """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field."""
+def read_config(folder, others=()):
+    """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field.
+    others: fields that the caller answers for."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +136,7 @@ def read_config(folder):
         tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
     for field, value in unread.items():
-        if field not in IGNORED_FIELDS and value:     # a null, false or empty field switches nothing on
+        if value and field not in IGNORED_FIELDS and field not in others:     # a null, false or empty one says nothing
             refuse(field, value, "no such field (if it does not change the computation, add it to IGNORED_FIELDS)")
     return config
 
@@ -500,17 +501,18 @@ def checkpoint_tensors(folder):
     return found
 
 
-def load_model(folder, dtype=torch.float32, device="cpu", shard=None):
+def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Transformer, others=()):
     """A Transformer with the weights of a Hugging Face folder, in `dtype` (fp32 for training: bf16 weights do not move
     at learning rate 1e-6). Every weight must be there, of the right shape and finite, and no other; else ValueError.
 
     shard: a function that is given the model while it is still without memory (on the meta device) and makes its
     parameters DTensors, as fully_shard does. Each rank then reads its own slices of the files, one tensor after another,
     and nobody holds the model. All ranks must call this together.
+    build: makes the model from its ModelConfig, for one with another head; others as of read_config.
     """
-    config, found = read_config(folder), checkpoint_tensors(folder)
+    config, found = read_config(folder, others), checkpoint_tensors(folder)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = build(config).to(dtype)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     # Old Llama-2 files carry the rotary frequencies, which are derived; some tied models carry their embedding twice.

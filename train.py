@@ -11,7 +11,6 @@ writes config.toml, metrics.jsonl and step-NNNNNN/, each a Hugging Face folder w
 import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
 from data.preference import (as_messages, check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
                              read_jsonl, read_kept_pairs)
+from data.score import load_judge
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
@@ -344,15 +344,7 @@ class Judge:
     """Scores one sampled answer to each held-out prompt. Calling it returns (answers, scores)."""
 
     def __init__(self, config, tokenizer, chat):
-        file, function = config.judge.rsplit(":", 1)
-        spec = importlib.util.spec_from_file_location("judge", file)
-        if spec is None or not Path(file).exists():
-            raise ValueError(f"judge = {config.judge!r}; expected a Python file and a function in it, FILE.py:FUNCTION")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"judge = {config.judge!r}: {file} has no function {function}")
-        self.score = getattr(module, function)
+        self.score = load_judge(config.judge)
         rows = list(read_jsonl(config.judge_prompts))
         if not rows:
             raise ValueError(f"{config.judge_prompts}: no prompts")

@@ -98,6 +98,30 @@ def as_messages(prompt):
     return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
 
 
+def as_answers(row):
+    """(prompt turns, answers) of a line of sampled answers. ValueError if malformed."""
+    if "prompt" not in row:
+        raise ValueError("no field prompt beside all_generated_responses")
+    answers = row.get("all_generated_responses")
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise ValueError("all_generated_responses; expected a list of strings")
+    return as_messages(row["prompt"]), answers
+
+
+def best_against_worst(row):
+    """(prompt turns, index of the best answer, index of the worst) of a line of scored answers. ValueError if
+    malformed, Dropped for a tie."""
+    prompt, answers = as_answers(row)
+    scores = row.get("all_rm_scores")
+    if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+        raise ValueError("all_rm_scores; expected a list of finite numbers")
+    if len(answers) != len(scores) or len(answers) < 2:
+        raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of both, 2 or more")
+    if max(scores) == min(scores):
+        raise Dropped("all scores equal")
+    return prompt, scores.index(max(scores)), scores.index(min(scores))
+
+
 def parse_row(row):
     """(prompt turns, chosen text, rejected text) of one line. ValueError if malformed, Dropped for a tie."""
     if "chosen" in row and "rejected" in row:
@@ -117,18 +141,8 @@ def parse_row(row):
         return prompt, chosen, rejected
 
     if "all_generated_responses" in row and "all_rm_scores" in row:
-        if "prompt" not in row:
-            raise ValueError("no field prompt beside all_generated_responses")
-        answers, scores = row["all_generated_responses"], row["all_rm_scores"]
-        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-            raise ValueError("all_generated_responses; expected a list of strings")
-        if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
-            raise ValueError("all_rm_scores; expected a list of finite numbers")
-        if len(answers) != len(scores) or len(answers) < 2:
-            raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of both, 2 or more")
-        if max(scores) == min(scores):
-            raise Dropped("all scores equal")
-        return as_messages(row["prompt"]), answers[scores.index(max(scores))], answers[scores.index(min(scores))]
+        prompt, best, worst = best_against_worst(row)
+        return prompt, row["all_generated_responses"][best], row["all_generated_responses"][worst]
 
     raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or all_generated_responses and "
                      "all_rm_scores")
