@@ -1,11 +1,11 @@
 """Time of greedy answers against transformers' generate, on the same prompts and in turn.
 
-    python benchmarks/sample.py --model SmolLM2-135M-Instruct --prompts prompts.jsonl --prompts_used 32
+    python benchmarks/sample.py --model SmolLM2-135M-Instruct --prompts prompts.jsonl
 
 Both answer the same prompts in fp32, --batch_size at once: ours with places refilled as sequences end; transformers in
-batches of prompts of like length, padded on the left, which is how it pads least. A round is one job each. The table is
-medians of the rounds' ratios, so that a machine that slows down slows both; the figures of all rounds go to
-benchmarks/sample.json. Tokens are counted without end tokens, and answers compared token for token.
+batches of prompts of like length, padded on the left. A round is one job each; the result is the median of the rounds'
+ratios, so that a machine that slows down slows both. All figures go to benchmarks/sample.json. Tokens are counted
+without end tokens, and answers compared token for token.
 """
 import argparse
 import json
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--model", required=True, help="folder")
     parser.add_argument("--prompts", required=True, help="file of prompts, as for generate.py")
     parser.add_argument("--prompts_used", type=int, default=32, help="the first so many")
-    parser.add_argument("--max_new_tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="benchmarks/sample.json")
@@ -65,33 +65,30 @@ def main():
     prompts = [chat.encode_prompt(turns) for turns in read_prompts(args.prompts)[2][:args.prompts_used]]
     ways = {"ours": (ours, load_model(args.model)),
             "transformers": (theirs, AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32))}
-    results = machine() | {"threads": torch.get_num_threads(), "prompts": len(prompts), "batch_size": args.batch_size,
-                           "prompt_tokens": sum(map(len, prompts)), "lengths": []}
-    for limit in args.max_new_tokens:
-        args.max_new_tokens = limit
-        for way, model in ways.values():
-            way(model, prompts[:2], chat.stop_ids, argparse.Namespace(max_new_tokens=2, batch_size=2))      # warm
-        rounds = []
-        for _ in range(args.rounds):
-            seconds, answers = {}, {}
-            for name, (way, model) in ways.items():
-                began = time.perf_counter()
-                answers[name] = way(model, prompts, chat.stop_ids, args)
-                seconds[name] = time.perf_counter() - began
-            same = sum(a == b for a, b in zip(*answers.values()))
-            n = sum(map(len, answers["ours"]))
-            rounds.append({"seconds": seconds, "tokens": n, "same_answers": same})
-            print(f"{limit} tokens at most, {n} in all, {same} of {len(prompts)} answers the same: "
-                  + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()), file=sys.stderr, flush=True)
-        median = lambda figure: statistics.median(map(figure, rounds))
-        ratio = median(lambda r: r["seconds"]["transformers"] / r["seconds"]["ours"])
-        rate = {name: median(lambda r: r["tokens"] / r["seconds"][name]) for name in ways}
-        results["lengths"].append({"max_new_tokens": limit, "times_as_long_as_ours": ratio, "tokens_per_second": rate,
-                                   "rounds": rounds})
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-        print(f"at most {limit} tokens an answer: transformers takes {ratio:.2f} times as long; tokens/s "
-              + ", ".join(f"{name} {r:.0f}" for name, r in rate.items())
-              + f"; {rounds[-1]['same_answers']} of {len(prompts)} answers the same")
+    for way, model in ways.values():
+        way(model, prompts[:2], chat.stop_ids, argparse.Namespace(max_new_tokens=2, batch_size=2))      # warm
+    rounds = []
+    for _ in range(args.rounds):
+        seconds, answers = {}, {}
+        for name, (way, model) in ways.items():
+            began = time.perf_counter()
+            answers[name] = way(model, prompts, chat.stop_ids, args)
+            seconds[name] = time.perf_counter() - began
+        rounds.append({"seconds": seconds, "tokens": sum(map(len, answers["ours"])),
+                       "same_answers": sum(a == b for a, b in zip(*answers.values()))})
+        print(f"round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
+
+    median = lambda figure: statistics.median(map(figure, rounds))
+    ratio = median(lambda r: r["seconds"]["transformers"] / r["seconds"]["ours"])
+    rate = {name: median(lambda r: r["tokens"] / r["seconds"][name]) for name in ways}
+    same = min(r["same_answers"] for r in rounds)
+    results = machine() | {
+        "threads": torch.get_num_threads(), "model": Path(args.model).resolve().name, "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)), "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
+        "times_as_long_as_ours": ratio, "tokens_per_second": rate, "same_answers": same, "rounds": rounds}
+    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    print(f"transformers takes {ratio:.2f} times as long; tokens/s "
+          + ", ".join(f"{name} {r:.0f}" for name, r in rate.items()) + f"; {same} of {len(prompts)} answers the same")
 
 
 if __name__ == "__main__":

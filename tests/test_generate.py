@@ -299,19 +299,22 @@ def test_ranks_write_the_same_bytes_as_one(prompts_file, tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_the_command_line_prints_answers_and_errors_of_one_line(tmp_path):
-    command = lambda *flags: subprocess.run([sys.executable, "generate.py", "--model", str(TINY), *flags], cwd=ROOT,
-                                            capture_output=True, text=True)
-    done = command("--prompt", "Sort these words: owl, moss", "--samples", "3", "--max_new_tokens", "20")
-    assert done.returncode == 0 and done.stdout.count("\n---\n") == 2 and "moss" in done.stdout
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"promt": "?"}\n')
-    done = command("--prompts", f"{tmp_path}/p.jsonl", "--output", f"{tmp_path}/a.jsonl")
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "a.jsonl").exists()
-    for flags in (["--prompts", f"{tmp_path}/p.jsonl"], [], ["--prompt", "?", "--seed", "-1"]):
+def test_the_command_line_prints_answers(capsys):
+    main(["--model", str(TINY), "--prompt", "Sort these words: owl, moss", "--samples", "3", "--max_new_tokens", "20"])
+    out = capsys.readouterr().out
+    assert out.count("\n---\n") == 2 and "moss" in out
+    for flags in ([], ["--prompts", "p.jsonl"], ["--prompt", "?", "--output", "a"], ["--prompt", "?", "--seed", "-1"]):
         with pytest.raises(SystemExit) as stopped:
             main(["--model", str(TINY), *flags])
         assert stopped.value.code == 2
+
+
+def test_an_error_is_one_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"promt": "?"}\n')
+    done = subprocess.run([sys.executable, "generate.py", "--model", str(TINY), "--prompts", f"{tmp_path}/p.jsonl",
+                           "--output", f"{tmp_path}/a.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "a.jsonl").exists()
 
 
 # --- the files of AlpacaEval and Arena-Hard ---------------------------------------------------------------------------
