@@ -44,7 +44,7 @@ class KVCache:
 
     def __init__(self, config, B, S):
         self.window = config.window
-        self.shape = 2, config.n_layers, B, config.n_kv_heads, S, config.head_dim
+        self.shape = 2, config.n_layers, B, config.n_kv_heads, S, config.head_dim   # what a head reads lies together
         self.kv = None      # made of the dtype and on the device of the first keys
 
     def attend(self, lengths, prompts, copies, device):
