@@ -254,19 +254,19 @@ def progress_line(n_answers):
 def run_job(args, model, tokenizer, chat):
     """Answers a file of prompts on all ranks, each with the whole model. The batches are the same on any number of
     ranks, and a batch's answers are kept once it is done."""
-    shape, rows, turns = read_prompts(args.prompts)
+    shape, rows, ids = read_prompts(args.prompts, chat.encode_prompt)
     if shape == "alpaca_eval" and args.samples > 1:
         raise ValueError(f"samples = {args.samples}; expected 1, AlpacaEval has one answer a prompt")
-    ids, output = [chat.encode_prompt(t) for t in turns], Path(args.output)
+    settings = {name: getattr(args, name)
+                for name in ("samples", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k")}
+    check(model, ids, **settings)
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     size = max(1, 4 * args.batch_size // args.samples)      # within a batch of so many prompts places are refilled
     batches = [by_length[i:i + size] for i in range(0, len(ids), size)]
-    settings = {name: getattr(args, name)
-                for name in ("samples", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k")}
     weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     job = settings | {"seed": args.seed, "prompts": content_hash([args.prompts]), "weights": weights,
                       "chat_format": type(chat).__name__, "device": model.device.type}
-    parts = output.with_name(output.name + ".parts")
+    output, parts = Path(args.output), Path(args.output + ".parts")
 
     def begin():
         if output.exists():
@@ -326,6 +326,9 @@ def main(argv):
         tokenizer = load_tokenizer(args.model)
         chat = load_chat_format(args.model, tokenizer, args.chat_format)
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{args.model}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
+                             f"{model.config.vocab_size} rows; the files do not belong together")
         if args.prompts:
             run_job(args, model, tokenizer, chat)
         else:

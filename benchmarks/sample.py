@@ -62,7 +62,7 @@ def main():
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
     chat = load_chat_format(args.model, load_tokenizer(args.model))
-    prompts = [chat.encode_prompt(turns) for turns in read_prompts(args.prompts)[2][:args.prompts_used]]
+    prompts = read_prompts(args.prompts, chat.encode_prompt)[2][:args.prompts_used]
     ways = {"ours": (ours, load_model(args.model)),
             "transformers": (theirs, AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32))}
     for way, model in ways.values():

@@ -14,8 +14,8 @@ from pathlib import Path
 from data.preference import as_messages, parse_line, read_lines
 
 
-def read_prompts(path):
-    """(shape, rows, turns) of a file: one shape for all, objects as read, and what is to be answered in each.
+def read_prompts(path, encode):
+    """(shape, rows, prompts) of a file: one shape for all, objects as read, and encode(turns to be answered) of each.
     ValueError names the line."""
     lines = list(read_lines(path))
     if lines and lines[0][1].lstrip().startswith("["):
@@ -29,15 +29,15 @@ def read_prompts(path):
         row = parse_line(source, line)
         try:
             shape, turns = prompt_of(row)
+            found.append((row, encode(turns)))
         except ValueError as e:
             raise ValueError(f"{source}: {e}") from None
         shapes.setdefault(shape, source)
         if len(shapes) > 1:
             raise ValueError(f"{source}: of the shape {shape}; expected {next(iter(shapes))}, as before")
-        found.append((row, turns))
     if not found:
         raise ValueError(f"{path}: no prompts")
-    return shape, [row for row, _ in found], [turns for _, turns in found]
+    return shape, [row for row, _ in found], [prompt for _, prompt in found]
 
 
 def prompt_of(row):

@@ -193,6 +193,13 @@ def test_the_extremes_of_uniform_stay_within_what_is_kept():
                 assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 300)).all() and rank.max() > 20
 
 
+def test_borders_are_exact():
+    logits, uniform = torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert sample(logits, uniform, temperature=1.0).tolist() == [0, 1, 2, 3]        # a piece begins with its lower end
+    for top_p, n in ((0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)):                    # the fewest that reach top_p
+        assert len(set(sample(logits, uniform, temperature=1.0, top_p=top_p).tolist())) == n
+
+
 def test_a_flat_row_does_not_change_its_peaked_neighbours():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 1000, generator=generator) * torch.linspace(0.1, 8, 40)[:, None]
@@ -284,6 +291,9 @@ def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, 
     assert not (tmp_path / "killed.jsonl.parts").exists()
     with pytest.raises(ValueError, match="killed.jsonl: exists already"):
         run(prompts_file, tmp_path / "killed.jsonl")
+    with pytest.raises(ValueError, match="top_p = 2.0; expected more than 0"):
+        run(prompts_file, tmp_path / "new.jsonl", "--top_p", "2")
+    assert not (tmp_path / "new.jsonl.parts").exists()
 
 
 def test_ranks_write_the_same_bytes_as_one(prompts_file, tmp_path):
@@ -372,11 +382,12 @@ def test_arena_hard_questions_become_its_model_answers(tmp_path, tiny):
     ('{"question_id": "x", "turns": [{"content": "a"}, {"content": "b"}]}', "p:1: turns is .*; expected a list of one"),
     ('{"question_id": "x", "turns": [{"text": "a"}]}', "p:1: turn .*; expected an object with a string role"),
     ('{"question": "x"}', r"p:1: fields \['question'\]; expected prompt, or instruction \(AlpacaEval\)"),
-    ('{"prompt": "a"', "p:1: not valid JSON")], ids=range(13))
-def test_prompts_of_another_shape_are_refused_by_line(content, message, tmp_path):
+    ('{"prompt": "a"', "p:1: not valid JSON"),
+    ('{"prompt": [{"role": "assistant", "content": "a"}]}', "p:1: prompt has the roles")], ids=range(14))
+def test_prompts_of_another_shape_are_refused_by_line(content, message, tmp_path, tiny):
     (tmp_path / "p").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / "p")
+        read_prompts(tmp_path / "p", tiny[2].encode_prompt)
 
 
 def test_alpaca_eval_has_one_answer_a_prompt(tmp_path):
