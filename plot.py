@@ -5,7 +5,6 @@
     python plot.py drift experiments/tiny.jsonl --output drift.png         # score against KL, from experiments/alpha.py
 """
 import argparse
-import json
 import statistics
 from pathlib import Path
 
