@@ -75,8 +75,9 @@ def attention_alone(model, lengths):
     return call
 
 
-def prompts_twice(model, pairs):
-    """The step without sharing: [prompt | chosen | prompt | rejected], each half a sequence of its own. One row."""
+def prompts_twice(model, pairs, keep=False):
+    """The step without sharing: [prompt | chosen | prompt | rejected], each half a sequence of its own. One row; keep its
+    gradients or drop them."""
     from alphapo import alphapo_loss, average_logps
     tokens, positions, predictors, targets, sizes = [], [], [], [], []
     for pair in pairs:
@@ -87,7 +88,8 @@ def prompts_twice(model, pairs):
             predictors += range(start + P - 1, start + P + n - 1)
             targets += response.tolist()
             sizes.append(P + n)
-    tokens, positions, predictors, targets = map(torch.tensor, (tokens, positions, predictors, targets))
+    tokens, positions, predictors, targets = (torch.tensor(x, device=model.device)
+                                              for x in (tokens, positions, predictors, targets))
 
     def attend(layer, q, k, v):
         return torch.cat([causal_attention(*x) for x in zip(q.split(sizes), k.split(sizes), v.split(sizes))])
@@ -101,7 +103,7 @@ def prompts_twice(model, pairs):
         states = model.states(tokens, positions, attend)[predictors]
         total = model.group_losses(states, targets, [len(p.chosen) + len(p.rejected) for p in pairs], loss)
         (total / len(pairs)).backward()
-        for p in model.parameters():
+        for p in model.parameters() if not keep else ():
             p.grad = None
         return total
     return call

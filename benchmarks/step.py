@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/step.py                          # the vocabulary of Llama-2, 4 pairs a step: 6 minutes on 2 cores
-    python benchmarks/step.py --vocab 128256 --output benchmarks/step-128k.json                # Llama-3's
+    python benchmarks/step.py --vocab 128256 --trl_batches 1 2 --output benchmarks/step-128k.json         # Llama-3's
 
 ours     train.py's step
 padded   a plain step with transformers, a pair at a time: chosen and rejected padded side by side, logits of every position

@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from data.preference import pack
+from distributed import kept_per_token
+from scaling import random_model, random_pairs
+
 MARKS = "<!-- benchmarks/table.py -->\n", "<!-- end -->"
 
 
@@ -36,7 +42,7 @@ def table():
                  f"{r['times_as_long_as_ours']:.2f}", "", ""))
     lines = ["| what | against | takes times as long | useful share of the matmul rate, ours / theirs | peak memory, ours / theirs |",
              "|---|---|---|---|---|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n\n" + growth()
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n\n" + growth() + predictions()
 
 
 def growth():
@@ -49,6 +55,21 @@ def growth():
             + " and ".join(f"{x['gain']:.2f} times as fast where {name} (by tokens alone: {x['ideal']:.2f})"
                            for name, x in r["sharing"].items())
             + ", with r prompt tokens for each of a response.\n")
+
+
+def predictions():
+    """A step's memory by the count of --plan, and what was measured, as a sentence."""
+    parts = []
+    for name in ("step", "step-128k"):
+        results = read(name)
+        args, (r,) = results["arguments"], results["vocabularies"]
+        config, V = random_model(args["width"], args["layers"], vocab=8).config, r["vocabulary"]
+        row = max(pack(random_pairs(r["lengths"], V), args["tokens_per_row"]), key=lambda row: len(row.tokens))
+        kept = len(row.tokens) * kept_per_token(config, recompute=False)
+        logits, gradients = V * max(C + R for _, C, R in row.lengths), 2 * V * config.dim    # of embedding and head
+        parts.append(f"{4 * (kept + logits + gradients) / 1e6:.0f} MB at {V:,} (measured: {r['peak_bytes']['ours'] / 1e6:.0f})")
+    return ("The peak that `--plan` counts, activations of the heaviest row, logits of its longest pair and a second gradient of "
+            "embedding and head, is " + ", ".join(parts) + ".\n")
 
 
 if __name__ == "__main__":
