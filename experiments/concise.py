@@ -6,11 +6,10 @@ WORDS = 40
 
 
 def score(messages, answer):
-    """0 to 100: full marks for 40 words, less by the factor between (20 and 80 words: 50); half for a list, headings or
-    several paragraphs; none for an answer that does not end in a full stop, question or exclamation mark."""
+    """0 to 100: full marks for 40 words, less by the factor between (20 or 80 words: 50); half of that for a list, headings
+    or several paragraphs, and half for an answer that does not end in a full stop, question or exclamation mark."""
     answer = answer.strip()
     n = len(answer.split())
-    if not answer.endswith((".", "!", "?", '."', ".'", ".)")):
-        return 0.0
-    points = 100.0 * min(n / WORDS, WORDS / n)
-    return points if "\n" not in answer else points / 2
+    points = 100.0 * min(n / WORDS, WORDS / n) if n else 0.0
+    points /= 1 if "\n" not in answer else 2
+    return points if answer.endswith((".", "!", "?", '."', ".'", ".)")) else points / 2

@@ -59,7 +59,7 @@ def test_drift_is_kl_per_token_of_whole_answers_with_its_standard_error(models, 
 
 
 @pytest.mark.parametrize("answer, points", [
-    ("word " * 39 + "word.", 100), ("word " * 19 + "word.", 50), ("word " * 79 + "word!", 50), ("word " * 40, 0), ("", 0),
+    ("word " * 39 + "word.", 100), ("word " * 19 + "word.", 50), ("word " * 79 + "word!", 50), ("word " * 40, 50), ("", 0), ("word\n" * 40, 25),
     ("word " * 39 + "\nword.", 50), ("  " + "word " * 39 + "word?  ", 100)])
 def test_the_concise_judge(answer, points):
     assert concise.score([{"role": "user", "content": "?"}], answer) == points

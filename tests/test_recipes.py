@@ -49,4 +49,4 @@ def test_a_recipe_holds_the_papers_numbers(name):
 def test_smollm2_takes_the_mistral_row_but_for_its_rate():
     config, mistral = (parse_config([str(RECIPES[name])]) for name in ("smollm2", "mistral_7b"))
     knobs = ("method", "alpha", "beta", "gamma_beta_ratio")
-    assert [getattr(config, k) for k in knobs] == [getattr(mistral, k) for k in knobs] and config.learning_rate == 1e-5
+    assert [getattr(config, k) for k in knobs] == [getattr(mistral, k) for k in knobs] and config.learning_rate == 5e-5
