@@ -87,7 +87,8 @@ def runs(folders):
 
 
 def drift(file):
-    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py, means crossed."""
+    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py; a line joins
+    the means at each learning rate."""
     groups = {}
     for _, row in read_jsonl(file):
         groups.setdefault(row["label"], []).append(row)
@@ -96,9 +97,11 @@ def drift(file):
         alpha = rows[0]["alpha"]
         hue = "tab:green" if alpha is None else colour(alpha)
         for axes, metric in ((left, "score"), (right, "displacement_chosen")):
-            x, y = [row["kl"] for row in rows], [row[metric] for row in rows]
-            axes.scatter(x, y, color=hue, s=14, alpha=0.6)
-            axes.plot(statistics.mean(x), statistics.mean(y), "+", color=hue, markersize=12, markeredgewidth=2, label=label)
+            axes.scatter([row["kl"] for row in rows], [row[metric] for row in rows], color=hue, s=12, alpha=0.5)
+            rates = sorted({row["learning_rate"] for row in rows})
+            mean = lambda name, rate: statistics.mean(row[name] for row in rows if row["learning_rate"] == rate)
+            axes.plot([mean("kl", r) for r in rates], [mean(metric, r) for r in rates], color=hue, linewidth=1, label=label)
+            axes.set_xscale("log")
     style(left, "score of sampled answers", "KL to the start, nats per token", "judge's mean score")
     style(right, "likelihood displacement", "KL to the start, nats per token", "change of the chosen log-prob")
     right.axhline(0, color="grey", linewidth=0.8)

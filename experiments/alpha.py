@@ -66,15 +66,20 @@ def best_rate(rows, label):
 
 
 def table(rows):
-    """Markdown: a line a way, mean and standard deviation over the seeds."""
-    lines = ["| | learning rate | judged score | accuracy | chosen moved by | chosen fell | KL, nats a token | tokens an answer |",
-             "|---|---|---|---|---|---|---|---|"]
+    """Markdown: a line a way, mean and standard deviation over the seeds; and one run of the search at its highest rate."""
+    pushed = f"pushed, rate {RATES[-1]:g} on seed {SEARCH_SEEDS[0]}"
+    lines = ["| | learning rate | judged score | accuracy | chosen moved by | chosen fell | KL, nats a token | tokens an answer "
+             f"| {pushed}: score | chosen moved by | KL |", "|---" * 11 + "|"]
     for label in WAYS:
-        some = [r for r in rows if r["label"] == label and r["seed"] in SEEDS]
+        mine = [r for r in rows if r["label"] == label]
+        some = [r for r in mine if r["seed"] in SEEDS]
+        (far,) = (r for r in mine if r["seed"] == SEARCH_SEEDS[0] and r["learning_rate"] == RATES[-1])
         of = lambda metric: (statistics.mean(r[metric] for r in some), statistics.stdev(r[metric] for r in some))
-        lines.append("| {} | {:g} | {:.1f} +- {:.1f} | {:.3f} +- {:.3f} | {:+.3f} +- {:.3f} | {:.0%} | {:.4f} +- {:.4f} | {:.1f} |"
+        lines.append("| {} | {:g} | {:.1f} +- {:.1f} | {:.3f} +- {:.3f} | {:+.3f} +- {:.3f} | {:.0%} | {:.3f} +- {:.3f} | {:.1f} "
+                     "| {:.1f} | {:+.3f} | {:.2f} |"
                      .format(label, some[0]["learning_rate"], *of("score"), *of("accuracy"), *of("displacement_chosen"),
-                             of("fell")[0], *of("kl"), of("answer_tokens")[0]))
+                             of("fell")[0], *of("kl"), of("answer_tokens")[0], far["score"], far["displacement_chosen"],
+                             far["kl"]))
     return "\n".join(lines)
 
 

@@ -31,5 +31,5 @@ def test_every_way_had_the_same_search_and_seeds():
 
 
 def test_the_table_is_of_means_over_the_final_seeds():
-    rows = [r | {"score": 10.0 * r["seed"]} for r in ROWS]
+    rows = [r | {"score": 10.0 * r["seed"] if r["seed"] < 5 else 1.0} for r in ROWS]
     assert alpha.table(rows).count(" | 20.0 +- 15.8 | ") == len(alpha.WAYS)      # of 0, 10, ..., 40
