@@ -64,7 +64,7 @@ def read_run(folder):
 def runs(folders):
     """Held-out trajectories of run folders: log-probs, both margins, and the judge's score where there is one."""
     read = [read_run(folder) for folder in folders]
-    judged = any("judge_score" in line or "eval_judge_score" in line for _, lines in read for line in lines)
+    judged = any("eval_judge_score" in line for _, lines in read for line in lines)
     figure, axes = plt.subplots(1, 3 + judged, figsize=(3.6 * (3 + judged), 3.4))
     for i, (name, lines) in enumerate(read):
         hue, steps = f"C{i}", [line["step"] for line in lines]

@@ -91,7 +91,7 @@ def main():
             run_rows(model, pack(pairs, args.tokens), config, 1 / len(pairs))
         else:
             for row in pack(pairs, args.tokens):
-                prompts_twice(model, row.pairs, keep=True)()
+                prompts_twice(model, row.pairs)()
         clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -56,12 +56,17 @@ def seconds(call):
     return time.perf_counter() - began
 
 
-def step(model, pairs, tokens_per_row):
-    def call():
-        run_rows(model, pack(pairs, tokens_per_row), CONFIG, 1 / len(pairs))
+def forgetting(model, call):
+    """The call, after which the model's gradients are dropped."""
+    def both():
+        call()
         for p in model.parameters():
             p.grad = None
-    return call
+    return both
+
+
+def step(model, pairs, tokens_per_row):
+    return forgetting(model, lambda: run_rows(model, pack(pairs, tokens_per_row), CONFIG, 1 / len(pairs)))
 
 
 def attention_alone(model, lengths):
@@ -75,9 +80,8 @@ def attention_alone(model, lengths):
     return call
 
 
-def prompts_twice(model, pairs, keep=False):
-    """The step without sharing: [prompt | chosen | prompt | rejected], each half a sequence of its own. One row; keep its
-    gradients or drop them."""
+def prompts_twice(model, pairs):
+    """The step without sharing: [prompt | chosen | prompt | rejected], each half a sequence of its own. One row."""
     from alphapo import alphapo_loss, average_logps
     tokens, positions, predictors, targets, sizes = [], [], [], [], []
     for pair in pairs:
@@ -103,9 +107,6 @@ def prompts_twice(model, pairs, keep=False):
         states = model.states(tokens, positions, attend)[predictors]
         total = model.group_losses(states, targets, [len(p.chosen) + len(p.rejected) for p in pairs], loss)
         (total / len(pairs)).backward()
-        for p in model.parameters() if not keep else ():
-            p.grad = None
-        return total
     return call
 
 
@@ -143,7 +144,7 @@ def main():
     shared, twice = {}, {}
     for name, (P, C) in {"r = 1": (400, 400), "r = 2": (600, 300)}.items():
         pairs = random_pairs([(P, C, C)] * 3)
-        shared[name], twice[name] = step(model, pairs, 10**6), prompts_twice(model, pairs)
+        shared[name], twice[name] = step(model, pairs, 10**6), forgetting(model, prompts_twice(model, pairs))
     taken = {name: rounds({"shared": shared[name], "twice": twice[name]}, args.rounds) for name in shared}
     results["sharing"] = {}
     for name, r in (("r = 1", 1), ("r = 2", 2)):

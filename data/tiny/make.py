@@ -6,6 +6,7 @@ The model learns from a teacher with good and bad habits, right 40 % of the time
 alike, as a chat model after supervised fine-tuning does. Then it answers each prompt 5 times (temperature 0.8, top_p
 0.95, as in the paper) and judge.py scores the answers: best against worst is a preference pair. Seeded throughout.
 """
+import io
 import json
 import random
 import sys
@@ -62,11 +63,12 @@ def make_tokenizer(folder, rng):
     for _ in range(5000):
         prompt, words = make_prompt(rng)
         text += [prompt, careless_teacher(words, rng)]
+    trained = io.BytesIO()      # a file of its own would hold its path
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="unigram",
+        sentence_iterator=iter(text), model_writer=trained, vocab_size=420, model_type="unigram",
         byte_fallback=True, control_symbols=["[INST]", "[/INST]"], split_digits=True, num_threads=1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     write("config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 384,
