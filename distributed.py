@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
-from model import MAX_LOGITS, Transformer, checkpoint_tensors, load_model, read_config, save_model
+from model import BLOCK_LOGITS, KEPT_LOGITS, Transformer, checkpoint_tensors, load_model, read_config, save_model
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -346,17 +346,16 @@ def plan(config):
 
     state: fp32 weights, gradients and two moments, divided by the ranks they are sharded over. waiting: whole fp32
     gradients, between the micro-batches of a step. gathered: bf16 weights of the root and of two blocks, gradients of one
-    in bf16 and fp32. activations: of a full row. logits: of one pair, in fp32 and bf16, and their gradient.
+    in bf16 and fp32. activations: of a full row. logits: of one pair, and of a block more.
     """
     c = read_config(config.model)
     with torch.device("meta"):
         model = Transformer(c)
     n, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.model.layers[0].parameters())
     root, T, bf16 = n - c.n_layers * block, config.tokens_per_micro_batch, 2
-    longest = max(1, min(MAX_LOGITS // c.vocab_size, 2 * config.max_length))                    # responses of one pair
     parts = {"gathered": bf16 * (root + 2 * block) + (bf16 + 4) * max(root, block),
              "activations": bf16 * T * kept_per_token(c, config.recompute),
-             "logits": (4 + 2 * bf16) * longest * c.vocab_size}
+             "logits": 4 * min(KEPT_LOGITS["cuda"], 2 * config.max_length * c.vocab_size) + (4 + bf16) * BLOCK_LOGITS["cuda"]}
     print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
           f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")
     print(f"{'GPUs':>6}{'state':>10}" + "".join(f"{name:>13}" for name in parts) + f"{'waiting':>10}{'in all':>10}"

@@ -31,8 +31,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-# The vocabulary head holds at most this many logits at once, as fp32: 1 GiB, or 2,092 tokens at Llama-3's vocabulary.
-MAX_LOGITS = 2**28
+# The vocabulary head computes so many logits at once, as fp32: on CPUs 8 MiB, which their caches hold. It keeps so many of a
+# pair for the backward pass, and recomputes the others: on GPUs 1 GiB, 2,092 tokens at Llama-3's vocabulary.
+BLOCK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+KEPT_LOGITS = {"cpu": 2**25, "cuda": 2**28}
+
+# PyTorch multiplies fp32 matrices on CPUs by MKL, which does it at half oneDNN's speed on AMD's with AVX-512.
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
@@ -211,6 +216,44 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+# --- matrix products --------------------------------------------------------------------------------------------------
+
+def product(a, b):
+    """a @ b.T. (n, k), (m, k) -> (n, m). Without gradient; that is in Product."""
+    if ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def outer(a, b):
+    """a.T @ b, the gradient of a weight. (n, m), (n, k) -> (m, k). One of them is copied to be read in columns: the
+    narrower."""
+    return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
+
+
+class Product(torch.autograd.Function):
+    """x @ weight.T"""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return product(grad, weight.T), outer(grad, x)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)
+        y = Product.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
 # --- the transformer --------------------------------------------------------------------------------------------------
 
 class SwiGLU(torch.autograd.Function):
@@ -220,15 +263,15 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, down):
         ctx.save_for_backward(gate, up, down)
-        return F.linear(F.silu(gate).mul_(up), down)
+        return product(F.silu(gate).mul_(up), down)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up, down = ctx.saved_tensors
         silu = F.silu(gate)
-        grad_down = grad.T @ (silu * up)
-        grad = grad @ down                                                     # (T, hidden_dim)
+        grad_down = outer(grad, silu * up)
+        grad = product(grad, down.T)                                            # (T, hidden_dim)
         return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_down
 
 
@@ -263,10 +306,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
@@ -282,9 +325,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.gate_proj = Linear(c.dim, c.hidden_dim, bias=False)
+        self.up_proj = Linear(c.dim, c.hidden_dim, bias=False)
+        self.down_proj = Linear(c.hidden_dim, c.dim, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)                          # (T, hidden_dim)
@@ -349,7 +392,7 @@ class Transformer(nn.Module):
         """Logits of one plain sequence, all V of them for every token: for checks, not for training. (T,) -> (T, V)"""
         attend = lambda layer, q, k, v: causal_attention(q, k, v, self.config.window)
         positions = torch.arange(len(tokens), device=tokens.device)
-        return F.linear(self.states(tokens, positions, attend), self.head_weight)
+        return Product.apply(self.states(tokens, positions, attend), self.head_weight)
 
     def response_states(self, tokens, pairs):
         """The states that predict the response tokens of a packed row, and those tokens: (R, dim) and (R,) from (T,).
@@ -376,34 +419,30 @@ class Transformer(nn.Module):
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(states @ weight.T)[target] with its gradient by hand, never more than MAX_LOGITS logits at once.
+    """log softmax(states @ weight.T)[target] with its gradient by hand, a block of the vocabulary after another.
 
-    Logits that fit at once are kept for the backward pass; otherwise each piece is recomputed there.
     A log-prob is z[target] - logsumexp(z), in fp32 (of bf16 logits, if the states are bf16): at a 128k vocabulary and the
     logits of a trained model torch's own fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
     """
 
     @staticmethod
     def forward(ctx, states, weight, targets):
-        logps, kept = _logps(states, weight, targets)
-        ctx.save_for_backward(states, weight, targets)
-        ctx.kept = kept if any(ctx.needs_input_grad) else None
+        logps, logsumexp, ctx.kept = _logps(states, weight, targets, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(states, weight, targets, logsumexp)
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        states, weight, targets = ctx.saved_tensors
-        grad_weight = torch.zeros_like(weight)
-        grad_states = _logps_backward(grad, states, weight, targets, ctx.kept, grad_weight)
-        ctx.kept = None                                                        # overwritten
-        return grad_states, grad_weight, None
+        grad_weight = torch.zeros_like(ctx.saved_tensors[1])
+        kept, ctx.kept = ctx.kept, []                                          # overwritten
+        return _logps_backward(grad, *ctx.saved_tensors, kept, grad_weight), grad_weight, None
 
 
 class GroupLosses(torch.autograd.Function):
     """Sum of loss(i, log-probs) over groups i of targets, log-probs as of TargetLogps. The loss and its gradient are
-    computed a group after another, so that only one group's logits exist at once and none is computed twice (up to
-    MAX_LOGITS); and all groups add to one gradient of the weight."""
+    computed a group after another, so that only one group's logits are kept at once, and all groups add to one gradient of
+    the weight."""
 
     @staticmethod
     def forward(ctx, states, weight, targets, sizes, loss):
@@ -412,13 +451,13 @@ class GroupLosses(torch.autograd.Function):
         total, start = 0, 0
         for i, size in enumerate(sizes):
             group = slice(start, start + size)
-            logps, kept = _logps(states[group], weight, targets[group])
+            logps, *kept = _logps(states[group], weight, targets[group], needs_grad)
             with torch.set_grad_enabled(needs_grad):
                 logps = logps.requires_grad_(needs_grad)
                 value = loss(i, logps)
             if needs_grad:
                 (grad,) = torch.autograd.grad(value, logps)
-                grads[0][group] = _logps_backward(grad, states[group], weight, targets[group], kept, grads[1])
+                grads[0][group] = _logps_backward(grad, states[group], weight, targets[group], *kept, grads[1])
             total, start, kept = total + value.detach(), start + size, None
         ctx.grads = grads
         return total
@@ -430,47 +469,52 @@ class GroupLosses(torch.autograd.Function):
         return grad_states.mul_(grad), grad_weight.mul_(grad), None, None, None
 
 
-def _pieces(weight, n):
-    """Slices of n rows whose logits are at most MAX_LOGITS each."""
-    rows = max(1, MAX_LOGITS // weight.shape[0])
-    return [slice(i, i + rows) for i in range(0, n, rows)]
+def _blocks(states, targets, weight):
+    """The vocabulary in blocks of v whose logits, for all R states, are at most BLOCK_LOGITS: the block, its weight
+    (v, dim), which targets are in it (R,), and their columns there (R, 1), 0 for the others."""
+    size = max(1, BLOCK_LOGITS[states.device.type] // len(states))
+    for start in range(0, len(weight), size):
+        block = slice(start, min(start + size, len(weight)))
+        here = (targets >= start) & (targets < block.stop)
+        yield block, weight[block], here, torch.where(here, targets - start, 0)[:, None]
 
 
-def _logps(states, weight, targets):
-    """Log-probs of targets (R,), and if all logits were in one piece what `_logps_backward` can use of them."""
-    logps, kept = [], None
-    pieces = _pieces(weight, len(states))
-    for rows in pieces:
-        kept = None                                                            # free a piece before making the next
-        *kept, logp = _softmax(states[rows], weight, targets[rows])
-        logps.append(logp)
-    return torch.cat(logps), kept if len(pieces) == 1 else None
+def _logits(states, weight):
+    return product(states, weight).to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _logps_backward(grad, states, weight, targets, kept, grad_weight):
+def _logps(states, weight, targets, keep):
+    """Log-probs of targets (R,), logsumexp of the logits (R, 1), and, if asked, of the first blocks, up to KEPT_LOGITS in
+    all, exp(z - m) of their logits z (R, v) and m (R, 1), the largest logits so far."""
+    kept, room = [], KEPT_LOGITS[states.device.type] if keep else 0
+    largest, total, target_z = -torch.inf, 0, 0
+    for _, block, here, column in _blocks(states, targets, weight):
+        z = _logits(states, block)
+        target_z = target_z + torch.where(here[:, None], z.gather(1, column), 0)
+        before, largest = largest, z.amax(-1, keepdim=True).clamp_(min=largest)
+        z.sub_(largest).exp_()
+        total = total * (before - largest).exp() + z.sum(-1, keepdim=True)
+        room -= z.numel()
+        if room >= 0:
+            kept.append((z, largest))
+        del z                                                                  # free a block before making the next
+    return (target_z - largest - total.log())[:, 0], largest + total.log(), kept
+
+
+def _logps_backward(grad, states, weight, targets, logsumexp, kept, grad_weight):
     """Gradient of the states (R, dim) from that of the log-probs (R,); adds that of the weight to grad_weight. What was
     kept is overwritten."""
-    grad_states = torch.empty_like(states)
-    for rows in _pieces(weight, len(states)):
-        exps, grad_logits = None, None                                         # free a piece before making the next
-        exps, total = kept or _softmax(states[rows], weight, targets[rows])[:2]
+    grad_states, grad = torch.zeros_like(states, dtype=logsumexp.dtype), grad[:, None]
+    for i, (block, weight, here, column) in enumerate(_blocks(states, targets, weight)):
+        exps, largest = kept[i] if i < len(kept) else (_logits(states, weight).sub_(logsumexp).exp_(), logsumexp)
         # d logp / d logits = onehot(target) - softmax(logits)
-        grad_logits = exps.mul_((-grad[rows] / total)[:, None])                # (rows, V)
-        grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+        grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())           # (R, v)
+        grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
-        grad_states[rows] = grad_logits @ weight
-        grad_weight.addmm_(grad_logits.T, states[rows])
-    return grad_states
-
-
-def _softmax(states, weight, targets):
-    """exp(z - max z) of the logits z (rows, V), its sum over V (rows,) and the targets' log-probs (rows,), in fp32 at
-    least and in one piece of memory."""
-    z = F.linear(states, weight).to(torch.promote_types(states.dtype, torch.float32))
-    z.sub_(z.amax(-1, keepdim=True))
-    target_z = z.gather(-1, targets[:, None])[:, 0]
-    total = z.exp_().sum(-1)
-    return z, total, target_z - total.log()
+        grad_states += product(grad_logits, weight.T)
+        grad_weight[block] += outer(grad_logits, states)
+        del exps, grad_logits
+    return grad_states.to(states.dtype)
 
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------

@@ -243,16 +243,27 @@ def head_gradients(logps, states, weight, **options):
     return torch.autograd.grad((logps * torch.arange(1, len(logps) + 1)).sum(), (states, weight), **options)
 
 
-@pytest.mark.parametrize("rows_at_once", [R, 4, 1])
-def test_target_logps_passes_gradcheck(rows_at_once, monkeypatch):
-    monkeypatch.setattr(model_py, "MAX_LOGITS", rows_at_once * V)
+@pytest.fixture(params=[(R * V, R * V), (R * V, 0), (R * 7, R * V), (R * 7, R * 15), (R, 0)])
+def blocks(request, monkeypatch):
+    """All in one block or in several, all of them kept or some or none."""
+    limit_logits(*request.param, monkeypatch)
+
+
+def limit_logits(block, kept, monkeypatch):
+    monkeypatch.setattr(model_py, "BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr(model_py, "KEPT_LOGITS", {"cpu": kept})
+
+
+def test_target_logps_passes_gradcheck(blocks):
     states, weight, targets = head()
-    assert torch.autograd.gradcheck(lambda s, w: TargetLogps.apply(s, w, targets), (states, weight))
+    # Kept and recomputed logits differ in their last bits.
+    assert torch.autograd.gradcheck(lambda s, w: TargetLogps.apply(s, w, targets), (states, weight), nondet_tol=1e-13)
 
 
-@pytest.mark.parametrize("max_logits", [2**28, R * V, 4 * V, 4 * V - 1, V, 1])
-def test_pieces_of_any_size_equal_log_softmax_in_value_and_gradient(max_logits, monkeypatch):
-    monkeypatch.setattr(model_py, "MAX_LOGITS", max_logits)
+@pytest.mark.parametrize("block", [2**28, R * V, R * V - 1, 4 * R, 4 * R - 1, R, 1])
+@pytest.mark.parametrize("kept", [2**28, R * V, R * V - 1, 9 * R, 1, 0])
+def test_blocks_of_any_size_equal_log_softmax_in_value_and_gradient(block, kept, monkeypatch):
+    limit_logits(block, kept, monkeypatch)
     states, weight, targets = head()
     logps = TargetLogps.apply(states, weight, targets)
     expected = (states @ weight.T).log_softmax(-1)[torch.arange(R), targets]
@@ -261,19 +272,16 @@ def test_pieces_of_any_size_equal_log_softmax_in_value_and_gradient(max_logits, 
         torch.testing.assert_close(grad, by_autograd, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_logits", [2**28, 4 * V])
-def test_a_retained_graph_gives_the_same_gradient_again(max_logits, monkeypatch):
-    monkeypatch.setattr(model_py, "MAX_LOGITS", max_logits)
+def test_a_retained_graph_gives_the_same_gradient_again(blocks):
     states, weight, targets = head()
     logps = TargetLogps.apply(states, weight, targets)
     first = head_gradients(logps, states, weight, retain_graph=True)
     again = head_gradients(logps, states, weight)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for a, b in zip(first, again):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("max_logits", [2**28, 4 * V])
-def test_bf16_states_give_fp32_logps_and_bf16_gradients(max_logits, monkeypatch):
-    monkeypatch.setattr(model_py, "MAX_LOGITS", max_logits)
+def test_bf16_states_give_fp32_logps_and_bf16_gradients(blocks):
     states, weight, targets = head(torch.bfloat16)
     logps = TargetLogps.apply(states, weight, targets)
     assert logps.dtype == torch.float32
@@ -300,16 +308,16 @@ def test_logps_at_a_128k_vocabulary_lack_the_bias_of_log_softmax():
 
 
 class LogitsAlive(TorchDispatchMode):
-    """Follows every storage that holds (rows, V) or (V, rows) numbers, and how many such numbers live at once."""
+    """Follows every storage that holds (R, v) numbers, v one of some widths, and how many such numbers live at once."""
 
-    def __init__(self, vocab, dim):
+    def __init__(self, R, widths):
         super().__init__()
-        self.vocab, self.dim, self.storages, self.largest, self.most, self.total = vocab, dim, {}, 0, 0, 0
+        self.shapes, self.storages, self.largest, self.most, self.total = {(R, v) for v in widths}, {}, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and self.vocab in x.shape and self.dim not in x.shape:
+            if isinstance(x, torch.Tensor) and tuple(x.shape) in self.shapes:
                 self.largest = max(self.largest, x.numel())
                 storage = StorageWeakRef(x.untyped_storage())
                 self.total += 0 if storage in self.storages else x.numel()
@@ -319,24 +327,16 @@ class LogitsAlive(TorchDispatchMode):
         return out
 
 
-def watch_logits(rows_at_once, folders, monkeypatch):
-    monkeypatch.setattr(model_py, "MAX_LOGITS", rows_at_once * 101)
-    model, n_targets = load_model(folders["llama32"]), sum(C + R for _, C, R in PAIRS)
-    with LogitsAlive(vocab=101, dim=64) as watch:
+@pytest.mark.parametrize("widths, kept", [([17] * 5 + [16], 0), ([34, 34, 33], 0), ([34, 34, 33], 1), ([34, 34, 33], 3)])
+def test_a_block_of_logits_exists_at_once_and_those_that_are_kept(widths, kept, folders, monkeypatch):
+    model, n = load_model(folders["llama32"]), sum(C + R for _, C, R in PAIRS)      # a vocabulary of 101
+    limit_logits(widths[0] * n, widths[0] * n * kept, monkeypatch)
+    with LogitsAlive(n, widths) as watch:
         gradients(model, packed_losses(model, [range(len(PAIRS))]))
-    # All logits are made, and made again in the backward pass: the watch sees them.
-    assert watch.total == 2 * n_targets * 101
-    return watch
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 10])
-def test_no_tensor_has_more_than_max_logits(rows_at_once, folders, monkeypatch):
-    assert watch_logits(rows_at_once, folders, monkeypatch).largest == rows_at_once * 101
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 10])
-def test_no_more_than_max_logits_are_held_at_once(rows_at_once, folders, monkeypatch):
-    assert watch_logits(rows_at_once, folders, monkeypatch).most == rows_at_once * 101
+    # All logits are made, and those that were not kept again in the backward pass: the watch sees them.
+    assert watch.total == n * (101 + sum(widths[kept:]))
+    assert watch.largest == widths[0] * n
+    assert watch.most == n * sum(widths[:max(1, kept + (kept < len(widths)))])
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
