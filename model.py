@@ -302,6 +302,30 @@ class NormByHand(torch.autograd.Function):
         return (grad - unit * along).mul_(scale).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose gradient on CPUs is added to weight.grad, if there is one, for the tokens at hand: PyTorch makes
+    one of the whole vocabulary for every row of pairs, and adds that."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) if tokens.is_cuda else RowsByHand.apply(self.weight, tokens)
+
+
+class RowsByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, tokens):
+        ctx.weight, ctx.tokens = weight, tokens
+        return weight[tokens]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        total = ctx.weight.grad
+        if total is None:
+            return torch.zeros_like(ctx.weight).index_add_(0, ctx.tokens, grad), None
+        total.index_add_(0, ctx.tokens, grad)
+        return None, None
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -362,7 +386,7 @@ class Transformer(nn.Module):
         self.recompute = False          # recompute each block in the backward pass: less memory, a third more work
         self.compute_device = None      # where it computes, if not where its weights rest (CPU offload)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+            "embed_tokens": Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
             "norm": RMSNorm(config.dim, config.norm_eps),
         })
@@ -408,10 +432,29 @@ class Transformer(nn.Module):
         """Log-probs of target tokens, in fp32 at least. states (R, dim), targets (R,) -> (R,)"""
         return TargetLogps.apply(states, self.head_weight, targets)
 
-    def group_losses(self, states, targets, sizes, loss):
-        """Sum of loss(i, log-probs) over groups of targets, of given sizes that add up to R: token_logps and its
-        gradient, a group at a time. loss gives a number for the i-th group's log-probs (size,). -> 0-d"""
-        return GroupLosses.apply(states, self.head_weight, targets, sizes, loss)
+    @torch.no_grad()
+    def run_head(self, states, targets, sizes, loss, grad_scale=None):
+        """Calls loss(i, log-probs) for groups of targets, of given sizes that add up to R: a number for the i-th group's
+        log-probs (size,). states (R, dim), targets (R,).
+
+        With grad_scale it also adds the gradient of grad_scale * (sum of losses) to the head weight's, and returns that of
+        the states (R, dim), for states.backward. Log-probs and their gradient are computed a group after another, so that
+        only one group's logits are kept at once; autograd would need a second gradient of the weight for that.
+        """
+        weight, grad_states, start = self.head_weight, torch.empty_like(states), 0
+        if grad_scale is not None and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        for i, size in enumerate(sizes):
+            group = slice(start, start + size)
+            logps, *kept = _logps(states[group], weight, targets[group], keep=grad_scale is not None)
+            if grad_scale is None:
+                loss(i, logps)
+            else:
+                with torch.enable_grad():
+                    (grad,) = torch.autograd.grad(grad_scale * loss(i, logps.requires_grad_()), logps)
+                grad_states[group] = _logps_backward(grad, states[group], weight, targets[group], *kept, weight.grad)
+            start, kept = start + size, None
+        return None if grad_scale is None else grad_states
 
     def response_logps(self, tokens, pairs):
         """Log-probs of the response tokens of a packed row, as response_states lays them out. -> (R,)"""
@@ -437,36 +480,6 @@ class TargetLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(ctx.saved_tensors[1])
         kept, ctx.kept = ctx.kept, []                                          # overwritten
         return _logps_backward(grad, *ctx.saved_tensors, kept, grad_weight), grad_weight, None
-
-
-class GroupLosses(torch.autograd.Function):
-    """Sum of loss(i, log-probs) over groups i of targets, log-probs as of TargetLogps. The loss and its gradient are
-    computed a group after another, so that only one group's logits are kept at once, and all groups add to one gradient of
-    the weight."""
-
-    @staticmethod
-    def forward(ctx, states, weight, targets, sizes, loss):
-        needs_grad = any(ctx.needs_input_grad)
-        grads = (torch.empty_like(states), torch.zeros_like(weight)) if needs_grad else (None, None)
-        total, start = 0, 0
-        for i, size in enumerate(sizes):
-            group = slice(start, start + size)
-            logps, *kept = _logps(states[group], weight, targets[group], needs_grad)
-            with torch.set_grad_enabled(needs_grad):
-                logps = logps.requires_grad_(needs_grad)
-                value = loss(i, logps)
-            if needs_grad:
-                (grad,) = torch.autograd.grad(value, logps)
-                grads[0][group] = _logps_backward(grad, states[group], weight, targets[group], *kept, grads[1])
-            total, start, kept = total + value.detach(), start + size, None
-        ctx.grads = grads
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (grad_states, grad_weight), ctx.grads = ctx.grads, None
-        return grad_states.mul_(grad), grad_weight.mul_(grad), None, None, None
 
 
 def _blocks(states, targets, weight):

@@ -267,9 +267,9 @@ def run_row(model, row, config, grad_scale=None):
         results.append(torch.cat((losses, chosen_rewards, rejected_rewards, chosen, rejected)).detach())
         return losses.sum()
 
-    total = model.group_losses(states, targets, [C + R for _, C, R in row.lengths], loss)
+    grad_states = model.run_head(states, targets, [C + R for _, C, R in row.lengths], loss, grad_scale)
     if grad_scale is not None:
-        (grad_scale * total).backward()
+        states.backward(grad_states)
     return torch.stack(results)
 
 

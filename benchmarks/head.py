@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -36,21 +37,23 @@ def states_and_weight(vocab, width, lengths):
 
 def ours(vocab, width, lengths):
     from alphapo import average_logps, simpo_loss
-    from model import GroupLosses
+    from model import Transformer
     sequences, targets, weight = states_and_weight(vocab, width, lengths)
-    states = torch.cat([s[P - 1:-1] for (P, _, _), pair in zip(lengths, sequences) for s in pair]).requires_grad_()
+    states = torch.cat([s[P - 1:-1] for (P, _, _), pair in zip(lengths, sequences) for s in pair])
     targets = torch.cat([t for pair in targets for t in pair])
     del sequences
     weight.requires_grad_()
 
     def loss(i, logps):
         chosen, rejected = average_logps(logps, lengths[i][1:]).split(1)
-        return simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)[0].sum() / len(lengths)
+        losses.append(simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)[0].sum() / len(lengths))
+        return losses[-1]
+    head, sizes = SimpleNamespace(head_weight=weight), [C + R for _, C, R in lengths]
     while True:
-        total = GroupLosses.apply(states, weight, targets, [C + R for _, C, R in lengths], loss)
-        total.backward()
-        states.grad = weight.grad = None        # before the next step's memory is measured
-        yield total.item()
+        losses = []
+        Transformer.run_head(head, states, targets, sizes, loss, 1.0)
+        weight.grad = None                      # before the next step's memory is measured
+        yield sum(losses).item()
 
 
 def liger(vocab, width, lengths):

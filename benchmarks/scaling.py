@@ -105,8 +105,8 @@ def prompts_twice(model, pairs):
 
     def call():
         states = model.states(tokens, positions, attend)[predictors]
-        total = model.group_losses(states, targets, [len(p.chosen) + len(p.rejected) for p in pairs], loss)
-        (total / len(pairs)).backward()
+        sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
+        states.backward(model.run_head(states, targets, sizes, loss, 1 / len(pairs)))
     return call
 
 

@@ -225,14 +225,14 @@ def machine():
     return {"machine": f"{model or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
 
 
-def matmul_rate(width):
+def matmul_rate(width, multiply=lambda a, b: a @ b.T):
     """FLOP/s of a matrix product as the model's own, the best of many."""
-    a, b, best = torch.randn(2048, width), torch.randn(width, width * 11 // 4), 0
+    a, b, best = torch.randn(2048, width), torch.randn(width * 11 // 4, width), 0
     for _ in range(10):
         began = time.perf_counter()
         for _ in range(10):
-            a @ b
-        best = max(best, 10 * 2 * a.numel() * b.shape[1] / (time.perf_counter() - began))
+            multiply(a, b)
+        best = max(best, 10 * 2 * a.numel() * b.shape[0] / (time.perf_counter() - began))
     return best
 
 
@@ -249,7 +249,7 @@ def useful_flops(c, lengths):
 
 def measure(vocab, args):
     """The figures of one vocabulary, as a dict."""
-    from model import checkpoint_tensors, read_config
+    from model import checkpoint_tensors, product, read_config
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         lengths = pair_lengths(args.pairs, max_length=args.max_length, prompts=args.prompts)
@@ -274,7 +274,8 @@ def measure(vocab, args):
         best = ways[2]
         rounds = []
         for i in range(args.rounds):
-            rounds.append({way: workers[way].take_step() for way in ways} | {"matmul": matmul_rate(args.width)})
+            rounds.append({way: workers[way].take_step() for way in ways}
+                          | {"matmul": matmul_rate(args.width), "product": matmul_rate(args.width, product)})
             print(f"vocabulary {vocab}, round {i + 1}: "
                   + ", ".join(f"{way} {rounds[-1][way]['seconds']:.1f} s" for way in ways), file=sys.stderr, flush=True)
         for worker in workers.values():
@@ -289,7 +290,8 @@ def measure(vocab, args):
         "second_prompts": sum(P for P, _, _ in lengths) / sum(2 * P + C + R for P, C, R in lengths), "first_losses": losses,
         "times_as_long_as_ours": median(lambda r, way: r[way]["seconds"] / r["ours"]["seconds"]),
         "pairs_per_second": median(lambda r, way: args.pairs / r[way]["seconds"]),
-        "share_of_matmul_rate": median(lambda r, way: flops / r[way]["seconds"] / r["matmul"]),
+        "share_of_matmul_rate": median(lambda r, way: flops / r[way]["seconds"] / r["matmul"]),       # PyTorch's own
+        "share_of_product_rate": median(lambda r, way: flops / r[way]["seconds"] / r["product"]),     # as model.py's
         "peak_bytes": peaks,
         "warm_seconds": warm, "rounds": rounds,
     }
