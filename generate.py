@@ -18,7 +18,6 @@ import math
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.preference import as_messages, content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import first_to_fail, from_rank_0, join_ranks, ranks_store, say, write_whole
-from model import causal_attention, load_model
+from model import causal_attention, load_model, product
 from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
 
@@ -77,29 +76,6 @@ class KVCache:
 
     def move(self, source, target, length):
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
-
-
-@contextmanager
-def packed_weights(model, rows):
-    """While it lasts, an fp32 model on a CPU multiplies by copies of its weights in oneDNN's layout for so many rows,
-    which halves the time of nearly all its work. Gives a function from states to logits. Elsewhere nothing changes."""
-    def linear(weight, bias=None):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-    weight = model.head_weight
-    if not (weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()) \
-            or isinstance(model, FSDPModule):
-        yield lambda states: F.linear(states, model.head_weight)
-        return
-    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    for m in linears:
-        m.forward = linear(m.weight, m.bias)        # goes before the class's own
-    try:
-        yield linear(weight)
-    finally:
-        for m in linears:
-            del m.forward
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -158,40 +134,40 @@ def generate(model, prompts, *, seeds, stop_ids, max_new_tokens, samples=1, batc
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))    # popped from the end: the longest first
     cache = KVCache(model.config, min(batch_size, samples * len(prompts)), len(prompts[waiting[-1]]) + max_new_tokens)
     running = []                                                            # the Sequence of each row of the cache
-    with packed_weights(model, batch_size) as head:
-        while waiting or running:
-            # 1. Prompts take the places that are free.
-            n_new = min(len(waiting), (batch_size - len(running)) // samples)
-            new = [waiting.pop() for _ in range(n_new)]
-            # 2. The row: the newest token of each running sequence, then prompts; and which states predict the next.
-            lengths, P = [s.length for s in running], [len(prompts[i]) for i in new]
-            row = [s.ids[-1] for s in running] + [token for i in new for token in prompts[i]]
-            positions = lengths + [t for n in P for t in range(n)]
-            ends = [len(running) + end for end in accumulate(P)]
-            predictors = [*range(len(running))] + [end - 1 for end in ends for _ in range(samples)]
-            states = model.states(torch.tensor(row, device=device), torch.tensor(positions, device=device),
-                                  cache.attend(lengths, P, samples, device))[predictors]                # (B, dim)
-            for s in running:
-                s.length += 1
-            running += [Sequence(i, n, len(prompts[i]), np.random.default_rng([*seeds[i], n]))
-                        for i in new for n in range(samples)]
-            # 3. The next tokens.
-            uniform = torch.tensor([s.random.random() for s in running], dtype=torch.float64, device=device)
-            tokens = sample(head(states), uniform, temperature=temperature, top_p=top_p, top_k=top_k)   # (B,)
-            if isinstance(model, FSDPModule):   # its ranks must stay in step, even if they should round differently
-                dist.broadcast(tokens, 0)
-            # 4. Sequences that have ended go, and the last row moves to where each was.
-            for b, token in reversed([*enumerate(tokens.tolist())]):                    # this waits for the GPU
-                s = running[b]
-                if token not in stop_ids:
-                    s.ids.append(token)
-                if token in stop_ids or len(s.ids) == max_new_tokens:
-                    answers[s.prompt][s.sample] = s.ids
-                    last = running.pop()
-                    if last is not s:
-                        cache.move(len(running), b, last.length)
-                        running[b] = last
-            progress(len(tokens), len(tokens) - len(running))
+    while waiting or running:
+        # 1. Prompts take the places that are free.
+        n_new = min(len(waiting), (batch_size - len(running)) // samples)
+        new = [waiting.pop() for _ in range(n_new)]
+        # 2. The row: the newest token of each running sequence, then prompts; and which states predict the next.
+        lengths, P = [s.length for s in running], [len(prompts[i]) for i in new]
+        row = [s.ids[-1] for s in running] + [token for i in new for token in prompts[i]]
+        positions = lengths + [t for n in P for t in range(n)]
+        ends = [len(running) + end for end in accumulate(P)]
+        predictors = [*range(len(running))] + [end - 1 for end in ends for _ in range(samples)]
+        states = model.states(torch.tensor(row, device=device), torch.tensor(positions, device=device),
+                              cache.attend(lengths, P, samples, device))[predictors]                # (B, dim)
+        for s in running:
+            s.length += 1
+        running += [Sequence(i, n, len(prompts[i]), np.random.default_rng([*seeds[i], n]))
+                    for i in new for n in range(samples)]
+        # 3. The next tokens.
+        uniform = torch.tensor([s.random.random() for s in running], dtype=torch.float64, device=device)
+        logits = product(states, model.head_weight)                                             # (B, V)
+        tokens = sample(logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k)     # (B,)
+        if isinstance(model, FSDPModule):   # its ranks must stay in step, even if they should round differently
+            dist.broadcast(tokens, 0)
+        # 4. Sequences that have ended go, and the last row moves to where each was.
+        for b, token in reversed([*enumerate(tokens.tolist())]):                    # this waits for the GPU
+            s = running[b]
+            if token not in stop_ids:
+                s.ids.append(token)
+            if token in stop_ids or len(s.ids) == max_new_tokens:
+                answers[s.prompt][s.sample] = s.ids
+                last = running.pop()
+                if last is not s:
+                    cache.move(len(running), b, last.length)
+                    running[b] = last
+        progress(len(tokens), len(tokens) - len(running))
     return answers
 
 

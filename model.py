@@ -355,9 +355,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)                          # (T, hidden_dim)
-        if torch.is_grad_enabled():
-            return SwiGLU.apply(gate, up, self.down_proj.weight)
-        return self.down_proj(F.silu(gate).mul_(up))                           # nothing is kept
+        return SwiGLU.apply(gate, up, self.down_proj.weight)
 
 
 class Block(nn.Module):

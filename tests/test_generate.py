@@ -70,7 +70,7 @@ def tiny():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", MODELS)
 def test_greedy_answers_equal_plain_forward_passes(family, dtype, tmp_path):
-    # Two places for six prompts: places are refilled while others run. In float32 weights are packed.
+    # Two places for six prompts: places are refilled while others run.
     model = small_model(tmp_path, dtype=dtype, **MODELS[family])
     stop = {generate(model, PROMPTS[:1], seeds=SEEDS[:1], max_new_tokens=8, stop_ids={}, temperature=0)[0][0][5]}
     found = generate(model, PROMPTS, seeds=SEEDS, max_new_tokens=12, stop_ids=stop, temperature=0, batch_size=2)
