@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 KEPT_LOGITS = {"cpu": 2**25, "cuda": 2**28}
 
-# PyTorch multiplies fp32 matrices on CPUs by MKL, which does it at half oneDNN's speed on AMD's with AVX-512.
+# PyTorch multiplies fp32 matrices on CPUs by MKL, at half the speed of oneDNN on AMD's with AVX-512. Its way to oneDNN is an
+# operator of its compiler's.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -218,21 +219,29 @@ def rotate(x, cos, sin):
 
 # --- matrix products --------------------------------------------------------------------------------------------------
 
+def by_onednn(x):
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def product(a, b):
-    """a @ b.T. (n, k), (m, k) -> (n, m). Without gradient; that is in Product."""
-    if ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+    """a @ b.T, without gradient. (n, k), (m, k) -> (n, m)"""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if by_onednn(a) else a @ b.T
 
 
 def outer(a, b):
-    """a.T @ b, the gradient of a weight. (n, m), (n, k) -> (m, k). One of them is copied to be read in columns: the
-    narrower."""
-    return product(a.T, b.T) if a.shape[1] <= b.shape[1] else product(b.T, a.T).T
+    """a.T @ b, which is how gradients of weights come about. (n, m), (n, k) -> (m, k)"""
+    if by_onednn(a) and a.shape[1] > b.shape[1]:
+        return product(b.T, a.T).T              # the first is copied if it is a transpose: let that be the narrower one
+    return product(a.T, b.T)
+
+
+def add_outer(total, a, b):
+    """total += a.T @ b"""
+    return total.add_(outer(a, b)) if by_onednn(a) else total.addmm_(a.T, b)
 
 
 class Product(torch.autograd.Function):
-    """x @ weight.T"""
+    """x @ weight.T by `product`, and its gradient."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -247,6 +256,8 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, on CPUs by `product`."""
+
     def forward(self, x):
         if x.is_cuda:
             return super().forward(x)
@@ -523,7 +534,7 @@ def _logps_backward(grad, states, weight, targets, logsumexp, kept, grad_weight)
         grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
         grad_states += product(grad_logits, weight.T)
-        grad_weight[block] += outer(grad_logits, states)
+        add_outer(grad_weight[block], grad_logits, states)
         del exps, grad_logits
     return grad_states.to(states.dtype)
 
