@@ -32,9 +32,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 # The vocabulary head computes so many logits at once, as fp32: on CPUs 8 MiB, which their caches hold. It keeps so many of a
-# pair for the backward pass, and recomputes the others: on GPUs 1 GiB, 2,092 tokens at Llama-3's vocabulary.
-BLOCK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-KEPT_LOGITS = {"cpu": 2**25, "cuda": 2**28}
+# pair for the backward pass, and computes the others again: on GPUs 1 GiB, 2,092 tokens at Llama-3's vocabulary.
+BLOCK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
+KEPT_LOGITS = {"cpu": 2**25, "gpu": 2**28}
 
 # PyTorch multiplies fp32 matrices on CPUs by MKL, at half the speed of oneDNN on AMD's with AVX-512. Its way to oneDNN is an
 # operator of its compiler's.
@@ -491,10 +491,14 @@ class TargetLogps(torch.autograd.Function):
         return _logps_backward(grad, *ctx.saved_tensors, kept, grad_weight), grad_weight, None
 
 
+def _limit(logits, states):
+    return logits["cpu" if states.device.type == "cpu" else "gpu"]
+
+
 def _blocks(states, targets, weight):
     """The vocabulary in blocks of v whose logits, for all R states, are at most BLOCK_LOGITS: the block, its weight
     (v, dim), which targets are in it (R,), and their columns there (R, 1), 0 for the others."""
-    size = max(1, BLOCK_LOGITS[states.device.type] // len(states))
+    size = max(1, _limit(BLOCK_LOGITS, states) // len(states))
     for start in range(0, len(weight), size):
         block = slice(start, min(start + size, len(weight)))
         here = (targets >= start) & (targets < block.stop)
@@ -508,7 +512,7 @@ def _logits(states, weight):
 def _logps(states, weight, targets, keep):
     """Log-probs of targets (R,), logsumexp of the logits (R, 1), and, if asked, of the first blocks, up to KEPT_LOGITS in
     all, exp(z - m) of their logits z (R, v) and m (R, 1), the largest logits so far."""
-    kept, room = [], KEPT_LOGITS[states.device.type] if keep else 0
+    kept, room = [], _limit(KEPT_LOGITS, states) if keep else 0
     largest, total, target_z = -torch.inf, 0, 0
     for _, block, here, column in _blocks(states, targets, weight):
         z = _logits(states, block)

@@ -6,6 +6,7 @@
 """
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -124,4 +125,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -28,7 +28,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 
@@ -234,9 +234,12 @@ def keep_pairs(path, pairs, dropped):
 
 def read_kept_pairs(path):
     """(pairs, dropped) that `keep_pairs` wrote."""
-    with safe_open(path, "np") as f:
-        files, dropped = (json.loads(f.metadata()[name]) for name in ("files", "dropped"))
-        tokens, lengths, places = (f.get_tensor(name) for name in ("tokens", "lengths", "places"))
+    try:
+        with safe_open(path, "np") as f:
+            files, dropped = (json.loads(f.metadata()[name]) for name in ("files", "dropped"))
+            tokens, lengths, places = (f.get_tensor(name) for name in ("tokens", "lengths", "places"))
+    except SafetensorError as e:
+        raise ValueError(f"{path}: damaged ({e}); delete it, and the pairs are tokenised again") from None
     parts = np.split(tokens, lengths.ravel().cumsum()[:-1])
     pairs = [PreferencePair(*parts[3 * i:3 * i + 3], f"{files[file]}:{number}")
              for i, (file, number) in enumerate(places.tolist())]

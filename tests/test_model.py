@@ -225,6 +225,64 @@ def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, f
     assert len(seen) == runs * SMALL["num_hidden_layers"]
 
 
+# --- matrix products, embedding ---------------------------------------------------------------------------------------
+
+@pytest.fixture(params=[True, False], ids=["onednn", "pytorch"])
+def onednn(request, monkeypatch):
+    """Products by oneDNN, if this machine has what it needs, and by PyTorch."""
+    monkeypatch.setattr(model_py, "ONEDNN", model_py.ONEDNN and request.param)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal_to_rounding(found, exact):
+    assert found.shape == exact.shape
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("n, k, m", [(1, 7, 5), (33, 64, 20), (33, 20, 64), (500, 96, 300)])
+def test_products_equal_those_in_float64(n, k, m, onednn):
+    a, b, c = normal(n, k), normal(m, k, seed=1), normal(n, m, seed=2)
+    wide = [x.double() for x in (a, b, c)]
+    assert_equal_to_rounding(model_py.product(a, b), wide[0] @ wide[1].T)
+    assert_equal_to_rounding(model_py.product(a, b.T.contiguous().T), wide[0] @ wide[1].T)
+    assert_equal_to_rounding(model_py.outer(a, c), wide[0].T @ wide[2])
+    for x, y in ((a, c), (c, a)):
+        total = normal(x.shape[1], y.shape[1])
+        exact = total.double() + x.double().T @ y.double()
+        assert model_py.add_outer(total, x, y) is total
+        assert_equal_to_rounding(total, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_nn_linear_in_value_and_gradients(bias, onednn):
+    ours, plain = model_py.Linear(20, 64, bias=bias), torch.nn.Linear(20, 64, bias=bias).double()
+    plain.load_state_dict(ours.state_dict())
+    x, grad = normal(33, 20).requires_grad_(), normal(33, 64, seed=1)
+    wide = x.detach().double().requires_grad_()
+    y, expected = ours(x), plain(wide)
+    assert_equal_to_rounding(y, expected)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_equal_to_rounding(x.grad, wide.grad)
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert_equal_to_rounding(p.grad, q.grad)
+
+
+def test_the_gradient_of_an_embedding_is_added_up_over_tokens_and_rows():
+    ours, plain = model_py.Embedding(11, 4), torch.nn.Embedding(11, 4)
+    plain.load_state_dict(ours.state_dict())
+    for i, tokens in enumerate((torch.tensor([3, 5, 3, 3]), torch.tensor([5, 9]))):
+        for embedding in (ours, plain):
+            x = embedding(tokens)
+            assert torch.equal(x, ours.weight[tokens])
+            x.backward(normal(len(tokens), 4, seed=i))
+        torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    assert not torch.equal(ours.weight.grad[9], torch.zeros(4))
+
+
 # --- the vocabulary head ----------------------------------------------------------------------------------------------
 
 V, DIM, R = 23, 6, 10
@@ -270,6 +328,27 @@ def test_blocks_of_any_size_equal_log_softmax_in_value_and_gradient(block, kept,
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-13)
     for grad, by_autograd in zip(head_gradients(logps, states, weight), head_gradients(expected, states, weight)):
         torch.testing.assert_close(grad, by_autograd, rtol=0, atol=1e-12)
+
+
+def test_the_head_adds_the_gradient_of_all_groups_as_autograd_has_it(blocks, folders):
+    model, sizes = load_model(folders["llama2"]), (1, 6, 3)
+    states, targets = normal(R, 64).requires_grad_(), torch.arange(R) * 10      # of 101 tokens
+    loss = lambda i, logps: (i + 2) * logps.mean() ** 2
+    expected = sum(loss(i, group) for i, group in enumerate(model.token_logps(states, targets).split(sizes)))
+    (0.5 * expected).backward()
+    weight, by_autograd = model.head_weight, (states.grad, model.head_weight.grad)
+    weight.grad = torch.ones_like(weight)       # what an earlier row left
+    values = []
+
+    def noted(i, logps):
+        values.append(loss(i, logps))
+        return values[-1]
+
+    assert model.run_head(states, targets, sizes, noted) is None and torch.equal(weight.grad, torch.ones_like(weight))
+    assert sum(values).item() == pytest.approx(expected.item(), rel=1e-5)
+    grad_states = model.run_head(states, targets, sizes, noted, grad_scale=0.5)
+    torch.testing.assert_close(grad_states, by_autograd[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(weight.grad - 1, by_autograd[1], rtol=0, atol=1e-5)
 
 
 def test_a_retained_graph_gives_the_same_gradient_again(blocks):

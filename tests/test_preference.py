@@ -1,6 +1,7 @@
 """Reading, dropping, order and packing of preference pairs. Run: pytest tests/test_preference.py"""
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -207,3 +208,12 @@ def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     assert [*map(sources, hold_out(pairs, 0, seed=1))] == [sources(pairs), []]
     with pytest.raises(ValueError, match="cannot hold out 20 of 20"):
         hold_out(pairs, 20, seed=1)
+
+
+def test_a_damaged_file_of_kept_pairs_is_an_error_that_names_it(tmp_path):
+    pairs, dropped = [PreferencePair(*(np.array([1, 2], dtype=np.int32) for _ in range(3)), "a.jsonl:1")], Counter()
+    keep_pairs(tmp_path / "x.safetensors", pairs, dropped)
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="x.safetensors: damaged .*delete it"):
+        read_kept_pairs(tmp_path / "x.safetensors")
