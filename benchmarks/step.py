@@ -40,10 +40,8 @@ WARM_UP = 2     # steps of each way: their time does not count, their memory doe
 
 
 def write_job(folder, vocab, width, layers, lengths):
-    """A random Llama in a Hugging Face folder with a tokenizer whose words are its ids, and pairs of random tokens."""
+    """A random Llama in a Hugging Face folder with a tokenizer, and pairs."""
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from model import Transformer, read_config
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "vocab_size": vocab,
@@ -58,6 +56,13 @@ def write_job(folder, vocab, width, layers, lengths):
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.02)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    write_pairs(folder, vocab, lengths)
+
+
+def write_pairs(folder, vocab, lengths):
+    """A tokenizer whose words are its ids, and pairs of random tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}      # BOS, EOS, PAD
     names = [*special.values(), *map("w{}".format, range(3, vocab))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}))
@@ -138,7 +143,7 @@ def trl(folder, pairs, steps, batch):
         output_dir=tempfile.mkdtemp(), loss_type="alphapo", alpha=ALPHA, beta=BETA, simpo_gamma=GAMMA_BETA_RATIO * BETA,
         learning_rate=LEARNING_RATE, per_device_train_batch_size=batch, gradient_accumulation_steps=len(pairs) // batch,
         max_length=4096, max_steps=steps, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True,
-        use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, max_grad_norm=1.0, dataloader_pin_memory=False)
+        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), fp16=False, gradient_checkpointing=False, max_grad_norm=1.0, dataloader_pin_memory=False)
 
     class InOrder(CPOTrainer):
         losses = []
