@@ -355,7 +355,8 @@ def plan(config):
     root, T, bf16 = n - c.n_layers * block, config.tokens_per_micro_batch, 2
     parts = {"gathered": bf16 * (root + 2 * block) + (bf16 + 4) * max(root, block),
              "activations": bf16 * T * kept_per_token(c, config.recompute),
-             "logits": 4 * min(KEPT_LOGITS["gpu"], 2 * config.max_length * c.vocab_size) + (4 + bf16) * BLOCK_LOGITS["gpu"]}
+             "logits": (4 * min(KEPT_LOGITS["gpu"], 2 * config.max_length * c.vocab_size)
+                        + (4 + bf16) * BLOCK_LOGITS["gpu"])}
     print(f"{config.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; rows of {T} tokens, "
           f"{'with' if config.recompute else 'without'} recomputation; GB a GPU:")
     print(f"{'GPUs':>6}{'state':>10}" + "".join(f"{name:>13}" for name in parts) + f"{'waiting':>10}{'in all':>10}"

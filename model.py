@@ -479,7 +479,7 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, targets):
-        logps, logsumexp, ctx.kept = _logps(states, weight, targets, keep=any(ctx.needs_input_grad))
+        logps, logsumexp, ctx.blocks = _logps(states, weight, targets, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(states, weight, targets, logsumexp)
         return logps
 
@@ -487,8 +487,8 @@ class TargetLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_weight = torch.zeros_like(ctx.saved_tensors[1])
-        kept, ctx.kept = ctx.kept, []                                          # overwritten
-        return _logps_backward(grad, *ctx.saved_tensors, kept, grad_weight), grad_weight, None
+        blocks, ctx.blocks = ctx.blocks, [(None, largest) for _, largest in ctx.blocks]          # what is kept is overwritten
+        return _logps_backward(grad, *ctx.saved_tensors, blocks, grad_weight), grad_weight, None
 
 
 def _limit(logits, states):
@@ -510,9 +510,9 @@ def _logits(states, weight):
 
 
 def _logps(states, weight, targets, keep):
-    """Log-probs of targets (R,), logsumexp of the logits (R, 1), and, if asked, of the first blocks, up to KEPT_LOGITS in
-    all, exp(z - m) of their logits z (R, v) and m (R, 1), the largest logits so far."""
-    kept, room = [], _limit(KEPT_LOGITS, states) if keep else 0
+    """Log-probs of targets (R,), logsumexp of the logits (R, 1), and of each block exp(z - m) of its logits z (R, v) and m
+    (R, 1), the largest logits so far. exp(z - m) is None unless asked for, and beyond KEPT_LOGITS in all."""
+    blocks, room = [], _limit(KEPT_LOGITS, states) if keep else 0
     largest, total, target_z = -torch.inf, 0, 0
     for _, block, here, column in _blocks(states, targets, weight):
         z = _logits(states, block)
@@ -521,18 +521,18 @@ def _logps(states, weight, targets, keep):
         z.sub_(largest).exp_()
         total = total * (before - largest).exp() + z.sum(-1, keepdim=True)
         room -= z.numel()
-        if room >= 0:
-            kept.append((z, largest))
+        blocks.append((z if room >= 0 else None, largest))
         del z                                                                  # free a block before making the next
-    return (target_z - largest - total.log())[:, 0], largest + total.log(), kept
+    return (target_z - largest - total.log())[:, 0], largest + total.log(), blocks
 
 
-def _logps_backward(grad, states, weight, targets, logsumexp, kept, grad_weight):
+def _logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weight):
     """Gradient of the states (R, dim) from that of the log-probs (R,); adds that of the weight to grad_weight. What was
     kept is overwritten."""
     grad_states, grad = torch.zeros_like(states, dtype=logsumexp.dtype), grad[:, None]
-    for i, (block, weight, here, column) in enumerate(_blocks(states, targets, weight)):
-        exps, largest = kept[i] if i < len(kept) else (_logits(states, weight).sub_(logsumexp).exp_(), logsumexp)
+    for (exps, largest), (block, weight, here, column) in zip(blocks, _blocks(states, targets, weight)):
+        if exps is None:
+            exps = _logits(states, weight).sub_(largest).exp_()
         # d logp / d logits = onehot(target) - softmax(logits)
         grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())           # (R, v)
         grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))

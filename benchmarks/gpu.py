@@ -6,7 +6,8 @@
 
 Whole steps of train.py (bf16 compute, fp32 weights, gradients, moments), by setting: activations kept or recomputed, the MLPs
 compiled or not, prompts shared or computed twice. Settings take turns; medians. TRL comes after them, as both together need too
-much memory: fp32 weights under autocast to bf16. MFU counts a step's useful work (step.py) against --peak. Compiling is not a knob of train.py: it becomes one if this shows a gain.
+much memory: fp32 weights under autocast to bf16. MFU counts a step's useful work (step.py) against --peak. Compiling is not a
+knob of train.py: it becomes one if this shows a gain.
 """
 import argparse
 import json

@@ -143,7 +143,8 @@ def trl(folder, pairs, steps, batch):
         output_dir=tempfile.mkdtemp(), loss_type="alphapo", alpha=ALPHA, beta=BETA, simpo_gamma=GAMMA_BETA_RATIO * BETA,
         learning_rate=LEARNING_RATE, per_device_train_batch_size=batch, gradient_accumulation_steps=len(pairs) // batch,
         max_length=4096, max_steps=steps, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), fp16=False, gradient_checkpointing=False, max_grad_norm=1.0, dataloader_pin_memory=False)
+        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), fp16=False, gradient_checkpointing=False,
+        max_grad_norm=1.0, dataloader_pin_memory=False)
 
     class InOrder(CPOTrainer):
         losses = []

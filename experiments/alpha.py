@@ -73,8 +73,8 @@ def run(study, label, rate, seed):
     d = drift(load_model(folder), load_model(config.model), chat, prompts, seed=seed, max_new_tokens=config.max_new_tokens,
               batch_size=64)
     return {"label": label, "method": method, "alpha": alpha, "learning_rate": rate, "seed": seed,
-            "score_before": before["eval_judge_score"], "tokens_before": before["eval_judge_tokens"], "score": after["eval_judge_score"],
-            "score_stderr": after["eval_judge_stderr"], "accuracy": after["eval_rewards/accuracies"],
+            "score_before": before["eval_judge_score"], "tokens_before": before["eval_judge_tokens"],
+            "score": after["eval_judge_score"], "score_stderr": after["eval_judge_stderr"], "accuracy": after["eval_rewards/accuracies"],
             "reward_margin": after["eval_rewards/margins"], "logp_margin": after["eval_logps/margins"],
             "displacement_chosen": after["eval_displacement/chosen"], "fell": after["eval_displacement/fell"],
             "displacement_rejected": after["eval_displacement/rejected"], "answer_tokens": after["eval_judge_tokens"],
