@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from data.preference import as_messages, content_hash
 from data.prompts import answers_text, read_prompts
-from distributed import first_to_fail, from_rank_0, join_ranks, ranks_store, say, write_whole
+from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say, write_whole
 from model import causal_attention, load_model, product
 from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
@@ -319,9 +319,11 @@ def main(argv):
 
 if __name__ == "__main__":
     store, rank, world = ranks_store()
+    status = 0
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as e:
+        status = 1
         if first_to_fail(store):
             print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    end_rank(status, world)

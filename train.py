@@ -32,7 +32,7 @@ from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss,
 from data.preference import (as_messages, check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
                              read_jsonl, read_kept_pairs)
 from data.score import load_judge
-from distributed import (check_same_run, check_space, claim_output, clip_gradients, first_to_fail,
+from distributed import (check_same_run, check_space, claim_output, clip_gradients, end_rank, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
                          reuse_memory, save_checkpoint, say, write_whole)
@@ -623,6 +623,7 @@ def run(config, device):
 def start(argv):
     """main, with one message from the first rank to fail and exit status 1 on all."""
     store, rank, world = ranks_store()
+    status = 0
     try:
         config = parse_config(argv)
         if config.plan is not None:
@@ -630,8 +631,11 @@ def start(argv):
         else:
             main(config)
     except KeyboardInterrupt:       # before the loop, which notes it: there is nothing to save
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
+    except SystemExit as e:
+        status = e.code
     except Exception as e:
+        status = 1
         if first_to_fail(store):
             message = str(e)
             if isinstance(e, torch.OutOfMemoryError):
@@ -643,9 +647,7 @@ def start(argv):
             elif not isinstance(e, (ValueError, OSError)):      # of ours: the way there helps
                 message = traceback.format_exc()
             print(f"error{f' (rank {rank})' if world > 1 else ''}: {message}", file=sys.stderr, flush=True)
-        if world > 1:
-            os._exit(1)     # at once: taking a process group down would wait for ranks that wait for this one
-        sys.exit(1)
+    end_rank(status, world)
 
 
 if __name__ == "__main__":
