@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import model as model_py
 from alphapo import alphapo_loss, average_logps
 from make_golden import CASES, GOLDEN, ROWS, SMALL, TOKENS, transformers_checkpoint, write_checkpoint
-from model import ModelConfig, TargetLogps, load_model, read_config, save_model
+from model import ModelConfig, TargetLogps, causal_attention, load_model, read_config, save_model
 
 GOLDEN = json.loads(GOLDEN.read_text())
 
@@ -223,6 +223,34 @@ def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, f
         layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
     gradients(model, packed_losses(model, [[0]]))
     assert len(seen) == runs * SMALL["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 300, 1000])
+@pytest.mark.parametrize("Tq, Tk", [(1, 1), (1, 300), (128, 128), (129, 129), (300, 300), (200, 333), (256, 257)])
+def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window):
+    """Texts of more queries than are computed at once, and windows that begin before, within and after those."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda T, heads: torch.randn(T, heads, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    q, k, v = inputs = draw(Tq, 4), draw(Tk, 2), draw(Tk, 2)
+    out = causal_attention(q, k, v, window)
+    distance = torch.arange(Tk - Tq, Tk)[:, None] - torch.arange(Tk)               # (Tq, Tk)
+    seen = (distance >= 0) & (distance < (window or Tk))
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / 4**0.5
+    expected = torch.einsum("hqk,khd->qhd", scores.where(seen, -torch.inf).softmax(-1), v.repeat_interleave(2, 1))
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip((out, *torch.autograd.grad(out, inputs, weights)),
+                            (expected, *torch.autograd.grad(expected, inputs, weights))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_to_long_texts_keeps_its_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(T, heads, 8, generator=generator).to(dtype) for T, heads in ((150, 4), (200, 2), (200, 2)))
+    out = causal_attention(q, k, v, 90)
+    assert out.dtype == dtype
+    exact = causal_attention(q.double(), k.double(), v.double(), 90)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 # --- matrix products, embedding ---------------------------------------------------------------------------------------
