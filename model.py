@@ -160,7 +160,7 @@ def causal_attention(q, k, v, window=None):
                                               enable_gqa=groups > 1)[0].transpose(0, 1)
     if q.is_cuda:                                                              # a mask with enable_gqa is slow there
         k, v, groups = *(x.repeat_interleave(groups, 1) for x in (k, v)), 1
-    # On CPUs 128 queries at a time, against the keys that any of them sees: is_causal took a quarter longer.
+    # On CPUs 128 queries at a time, against the keys that any of them sees: is_causal took 14 to 37 % longer.
     size, end, out = Tq if q.is_cuda else min(Tq, 128), Tk - Tq, []
     unseen = q.new_full((size, Tk), -torch.inf)
     mask = unseen.triu(Tk - size + 1) + unseen.tril(Tk - size - window)        # 0 for keys that a query sees
