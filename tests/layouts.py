@@ -573,6 +573,8 @@ def write_vocabulary(layout, folder):
                  "[PREFIX]", "[MIDDLE]", "[SUFFIX]"]
         names += [f"<SPECIAL_{i}>" for i in range(len(names), 1000)]
         spec = tekken_spec() | {"added_tokens": number(names, 0)}
+        vocab = {name: i for i, name in enumerate(names)} | spec["model"]["vocab"]
+        spec["model"] = spec["model"] | {"vocab": vocab}
     elif kind in ("qwen2.5", "qwen3", "r1-qwen"):
         names = {"qwen2.5": QWEN_ADDED, "qwen3": QWEN3_ADDED, "r1-qwen": R1_QWEN_ADDED}[kind]
         spec = qwen_spec() | {"added_tokens": number(names, CUT)}

@@ -68,6 +68,29 @@ class Model:
     def chat(self):
         return load_chat_format(self.folder, self.tokenizer, date=DATE)
 
+    @cached_property
+    def plain(self):
+        """Fifty ordinary dialogues."""
+        thinking = THINKING if self.layout.thinking else []
+        return make_dialogues(self, 6, WORDS, thinking, 50)
+
+    @cached_property
+    def hostile(self):
+        """Dialogues whose texts read like control tokens, templates and placeholders, of every
+        script. Words that a vocabulary cannot spell (SmolLM2 lacks 21 byte values) are left out."""
+        rng = random.Random(7)
+        letter = lambda: chr(rng.randint(*rng.choice(ALPHABETS)))
+        noise = ["".join(letter() for _ in range(3)) for _ in range(100)]
+        special = [token.content for token in self.reference.added_tokens_decoder.values()]
+        words = HOSTILE_WORDS + noise + special[:40] + list(self.layout.marks) * 5
+        words = [word for word in words if self.spells(word)]
+        return make_dialogues(self, 8, words, [], 1000)
+
+    def spells(self, word):
+        text = unicodedata.normalize("NFC", f"a{word}")
+        ids = self.reference(text, add_special_tokens=False).input_ids
+        return self.reference.decode(ids).replace(" ", "") == text.replace(" ", "")
+
     def text(self, messages, prompt):
         return self.reference.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=prompt)
@@ -115,24 +138,6 @@ def make_dialogues(model, seed, words, thinking, count):
                 message["content"] = rng.choice([*thinking, "", ""]) + message["content"]
         dialogues.append(dialogue)
     return dialogues
-
-
-def plain_dialogues(model):
-    return make_dialogues(model, 6, WORDS, THINKING if model.layout.thinking else [], 50)
-
-
-def hostile_dialogues(model):
-    """Texts that read like control tokens, templates and placeholders, of every script. Words that
-    a vocabulary cannot spell (SmolLM2 lacks 21 byte values) are left out."""
-    rng = random.Random(7)
-    noise = ["".join(chr(rng.randint(*rng.choice(ALPHABETS))) for _ in range(3)) for _ in range(100)]
-    special = [token.content for token in model.reference.added_tokens_decoder.values()]
-    words = HOSTILE_WORDS + noise + special[:40] + list(model.layout.marks) * 5
-    spell = lambda word: model.reference.decode(
-        model.reference(f"a{word}", add_special_tokens=False).input_ids)
-    normal = lambda word: unicodedata.normalize("NFC", f"a{word}")
-    words = [word for word in words if normal(spell(word)) == normal(f"a{word}")[-len(spell(word)):]]
-    return make_dialogues(model, 8, words, [], 1000)
 
 
 # --- the layouts themselves ---------------------------------------------------------------------------
@@ -222,13 +227,13 @@ def test_layout_has_one_begin_token_and_the_right_marks(model):
 # --- ids ------------------------------------------------------------------------------------------------
 
 def test_prompt_ids_equal_transformers(model):
-    for dialogue in plain_dialogues(model):
+    for dialogue in model.plain:
         assert model.chat.encode_prompt(dialogue[:-1]) == model.ids(dialogue[:-1], True)
 
 
 def test_prompt_and_response_are_the_beginning_of_the_whole_dialogue(model):
     told = 0
-    for dialogue in plain_dialogues(model):
+    for dialogue in model.plain:
         expected = model.response(dialogue)
         if expected is not None:
             told += 1
@@ -252,7 +257,7 @@ def test_control_tokens_come_from_the_template_alone(model):
     # The same dialogue with harmless contents has the same control tokens in the same order.
     harmless = {}
     controls = lambda ids: [i for i in ids if i in model.control]
-    for dialogue in hostile_dialogues(model):
+    for dialogue in model.hostile:
         prompt = dialogue[:-1]
         roles = tuple(message["role"] for message in prompt)
         if roles not in harmless:
@@ -265,7 +270,7 @@ def test_control_tokens_come_from_the_template_alone(model):
 
 def test_text_comes_back_from_its_ids(model):
     nfc = "qwen" in model.name
-    for dialogue in hostile_dialogues(model)[:400]:
+    for dialogue in model.hostile:
         for message in dialogue:
             text = message["content"]
             ids = model.tokenizer.encode(text, bos=False, eos=False)
