@@ -77,6 +77,12 @@ class Tokenizer:
         """Ids of a text that stands at `place`, see encode_run."""
         return self._encode_parts(self.find_word.split(text), place)
 
+    def reserve(self, names):
+        """Makes control tokens of words: those that a chat layout writes around turns, whatever the files call them."""
+        for name in self.words.keys() & set(names):
+            self.special[name] = self.words.pop(name)
+        self.find_word = any_of(self.words)
+
     def encode_rendered(self, text, place="start"):
         """Ids of a text in which names of control tokens stand for them: what a chat template rendered."""
         return self._encode_parts(self.find_name.split(text), place)
@@ -102,6 +108,13 @@ class Tokenizer:
 
     def decode(self, ids, place="text"):
         """The text of ids, control tokens left out; bytes that are not UTF-8 show as U+FFFD."""
+        return self._decode(ids, place, self.words)
+
+    def spell(self, ids):
+        """How ids look one after another, control tokens by name."""
+        return self._decode(ids, "start", self.names)
+
+    def _decode(self, ids, place, shown):
         text, run = "", []
         for i in [*map(int, ids), None]:
             if i is not None and i not in self.name_of:
@@ -110,13 +123,9 @@ class Tokenizer:
             text += self.decode_run(run, place)
             if i is not None:
                 name = self.name_of[i]
-                text += name if name in self.words else ""
+                text += name if name in shown else ""
                 run, place = [], "after"
         return text
-
-    def spell(self, ids):
-        """How ids look one after another, control tokens by name."""
-        return "".join(map(self.piece, ids))
 
 
 def any_of(names):
@@ -189,17 +198,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode_run(self, ids, place):
         text = self.model.decode([i for i in ids if i < self.model.vocab_size()])
-        if place != "text" and not self.every_run and ids and self.piece(ids[0]).startswith("▁"):
-            return " " + text       # the library takes a first space away
+        began = place in ("text", "start") or place == "after" and self.every_run
+        if not began and ids and self.piece(ids[0]).startswith("▁"):
+            return " " + text       # the library takes the first space away
         return text
 
     def piece(self, i):
         """How one id looks, for showing a text token by token."""
         return self.name_of.get(i) or (self.model.id_to_piece(i) if i < self.model.vocab_size() else "")
-
-    def spell(self, ids):
-        return super().spell(ids).replace("▁", " ").replace("<0x0A>", "\n")
-
 
 class CharacterPairTokenizer(Tokenizer):
     """tokenizer.json of a sentencepiece vocabulary, as transformers saves Llama-2, Mistral, TinyLlama: BPE of characters,
@@ -225,8 +231,9 @@ class CharacterPairTokenizer(Tokenizer):
     def encode_run(self, text, place):
         text = text.replace(" ", "▁")
         begins = {"every": place != "inside", "any": place != "inside" and not text.startswith("▁"),
-                  "first": place in ("text", "start") and not text.startswith("▁"), "none": False}
-        text = "▁" * begins[self.begins] + text
+                  "first": place == "start" and not text.startswith("▁"), "none": False}[self.begins]
+        if begins or place == "text" and self.begins != "none":
+            text = "▁" + text
         ids = []
         for n, part in enumerate(self.find_whole.split(text)):
             if n % 2:                                       # text, a whole piece, text, ...
@@ -267,16 +274,13 @@ class CharacterPairTokenizer(Tokenizer):
     def decode_run(self, ids, place):
         text = b"".join(bytes([self.byte_of[i]]) if i in self.byte_of else self.piece_of.get(i, "").encode()
                         for i in ids).decode("utf-8", "replace").replace("▁", " ")
-        began = self.begins in ("every", "any") or self.begins == "first" and place == "text"
+        began = {"every": place != "inside", "any": place != "inside", "first": place in ("text", "start"),
+                 "none": False}[self.begins]
         return text.removeprefix(" ") if began else text
 
     def piece(self, i):
         """How one id looks, for showing a text token by token."""
         return self.name_of.get(i) or self.piece_of.get(i, "")
-
-    def spell(self, ids):
-        return super().spell(ids).replace("▁", " ").replace("<0x0A>", "\n")
-
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder: tokenizer.json, else tokenizer.model, else original/tokenizer.model (Meta's).
@@ -347,6 +351,14 @@ def _added_tokens(folder, settings, spec, names):
     found = [(name, i, {}) for name, i in _read_json(folder / "added_tokens.json").items()]
     found += [(t["content"], t["id"], t) for t in spec.get("added_tokens") or []]
     found += [(t["content"], i, t) for i, t in (settings.get("added_tokens_decoder") or {}).items()]
+    vocab = (spec.get("model") or {}).get("vocab") or {}
+    last = len(vocab) - 1
+    for token in spec.get("added_tokens") or []:            # the library counts on where the vocabulary lacks a name
+        i = vocab.get(token["content"], last + 1)
+        last = max(last, i)
+        if i != token["id"]:
+            raise ValueError(f"{folder}/tokenizer.json: added token {token['content']!r} has id {token['id']}, which "
+                             f"transformers takes for {i}; number added tokens on from the vocabulary's end")
     prepends = "Prepend" in json.dumps(spec.get("normalizer"))
     special, words, whole = {}, {}, {}
     for name, (i, flags) in {name: (int(i), flags) for name, i, flags in found}.items():
@@ -761,9 +773,6 @@ class ChatTemplate(ChatFormat):
             raise ValueError(f"{self.source} opens and closes responses in different ways, {shapes[0][1:]} and "
                              f"{next(s for s in shapes if s != shapes[0])[1:]}")
 
-        # Tokens written around turns are the layout's, also those that their files do not call control tokens.
-        around_turns = [name for name in self.tokenizer.words if name in layout]
-        self.find_control = any_of([*self.tokenizer.special, *around_turns])
         self.continues, self.open, close = shapes[0]
         found = self.tokenizer.find_name.search(close)
         if not found:
@@ -772,6 +781,8 @@ class ChatTemplate(ChatFormat):
         self.close, self.rest = close[:found.end()], close[found.end():]
         self.space = close[:found.start()]                  # between a response's text and its end token
         self.end_id = self.tokenizer.names[found[0]]
+        self.tokenizer.reserve([found[0], *(name for name in self.tokenizer.words if name in layout)])
+        self.find_control = any_of(self.tokenizer.special)
         self.stop_ids = {self.end_id}
         if self.tokenizer.eos_id is not None:
             self.stop_ids.add(self.tokenizer.eos_id)
@@ -794,7 +805,8 @@ class ChatTemplate(ChatFormat):
                 raise ValueError(f"{self.source} lays a response out in another way than others: {text[:80]!r}")
             text = whole[len(self.asked_text):len(whole) - len(self.rest)]
         else:
-            text = self.break_control(text) + self.close
+            # The prompt has opened it already (<think>), also for a response that is stored with its opening.
+            text = self.break_control(text.removeprefix(self.open)) + self.close
         return self.tokenizer.encode_rendered(text, self.place)
 
     def decode_response(self, ids):
@@ -843,6 +855,7 @@ def _named_format(folder, tokenizer, name):
         raise ValueError(f"{folder}: chat format {name} needs the control token {e}; this tokenizer lacks it") from None
     if None in ids:
         raise ValueError(f"{folder}: chat format {name} needs a begin and an end token; the files name none")
+    tokenizer.reserve(tokenizer.name_of[i] for i in ids if i in tokenizer.name_of)
     return chat
 
 
