@@ -802,7 +802,9 @@ class ChatTemplate(ChatFormat):
         if self.continues:
             whole = self.render([*self.asked, {"role": "assistant", "content": text}], False)
             if not whole.startswith(self.asked_text) or not whole.endswith(self.close + self.rest):
-                raise ValueError(f"{self.source} lays a response out in another way than others: {text[:80]!r}")
+                n = next((i for i, (a, b) in enumerate(zip(self.asked_text, whole)) if a != b), len(self.asked_text))
+                raise ValueError(f"{self.source} ends a prompt with {self.asked_text[-40:]!r}, and lays this response out as "
+                                 f"{whole[n - 20:n + 60]!r}, which does not follow it: {text[:60]!r}")
             text = whole[len(self.asked_text):len(whole) - len(self.rest)]
         else:
             # The prompt has opened it already (<think>), also for a response that is stored with its opening.
