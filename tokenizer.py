@@ -43,7 +43,7 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_to
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 3 + 256 - len(LLAMA3_SPECIAL))]
 
 # Put into names of control tokens that stand in content, so that they are not found there. Unicode reserves this
-# character for use inside a program; it is in no text that is exchanged.
+# character for use inside a program; where content holds it nevertheless, it is doubled.
 BREAK = "\ufdd0"
 
 
@@ -85,7 +85,8 @@ class Tokenizer:
 
     def encode_rendered(self, text, place="start"):
         """Ids of a text in which names of control tokens stand for them: what a chat template rendered."""
-        return self._encode_parts(self.find_name.split(text), place)
+        parts = self.find_name.split(text)
+        return self._encode_parts([re.sub(f"{BREAK}({BREAK}?)", r"\1", part) for part in parts], place)
 
     def _encode_parts(self, parts, place):
         ids = []
@@ -94,7 +95,7 @@ class Tokenizer:
                 ids.append(self.names[part])
                 place = "after"
             elif part:
-                ids += self.encode_run(part.replace(BREAK, ""), place)
+                ids += self.encode_run(part, place)
         return ids
 
     def encode_run(self, text, place):
@@ -194,7 +195,11 @@ class SentencePieceTokenizer(Tokenizer):
         begins = place != "inside" and (place != "after" or self.every_run)
         if begins and not (text.startswith(" ") and place != "text"):
             return self.model.encode(text)
-        return self.model.encode("\n" + text)[len(self.newline):]     # nothing merges with a newline
+        # The library puts a space before every text. Behind a newline, which nothing merges with, there is none.
+        ids = self.model.encode("\n" + text)
+        if self.model.decode(self.newline) != "\n" or ids[:len(self.newline)] != self.newline:
+            raise ValueError("this sentencepiece model changes newlines; text within a dialogue cannot be encoded exactly")
+        return ids[len(self.newline):]
 
     def decode_run(self, ids, place):
         text = self.model.decode([i for i in ids if i < self.model.vocab_size()])
@@ -717,6 +722,7 @@ class ChatTemplate(ChatFormat):
 
     def break_control(self, content):
         content.encode()            # half a surrogate pair, which JSON can hold, is a ValueError here
+        content = content.replace(BREAK, 2 * BREAK)
         while self.find_control.search(content):
             content = self.find_control.sub(lambda name: name[0][0] + BREAK + name[0][1:], content)
         return content
@@ -736,59 +742,64 @@ class ChatTemplate(ChatFormat):
         return "".join(pieces)
 
     def learn(self):
-        """Finds out how the template closes a response, by dialogues of which all is known. ValueError if it is not
-        always the same way, or not with a control token."""
+        """Finds out how the template opens and closes a response, from dialogues of which all is known. ValueError if that
+        is not always the same, or does not end with a token."""
         ask = [{"role": "user", "content": "the first question"}]
         more = [{"role": "assistant", "content": "the first answer"}, {"role": "user", "content": "the next question"}]
         system = [{"role": "system", "content": "the system text"}]
-        answer = "the last answer"
+        answer = {"role": "assistant", "content": "the last answer"}
         self.asked, self.left_out, shapes, layout = ask, set(), [], ""
         for messages in (ask, ask + more, system + ask, system + ask + more):
             try:
                 prompt = self.render(messages, True)
-                whole = self.render([*messages, {"role": "assistant", "content": answer}], False)
+                whole = self.render([*messages, answer], False)
                 turns = self.render(messages, False)
             except ValueError:
                 if messages == ask:
                     raise
-                continue                    # a template may refuse a system turn; it will say so where one comes
-            self.left_out |= {m["role"] for m in messages if m["content"] not in prompt}
-            if answer not in whole or messages[-1]["content"] not in prompt:
+                continue            # a template may refuse a system turn; it will say so where one comes
+            if messages[-1]["content"] not in prompt or answer["content"] not in whole:
                 raise ValueError(f"{self.source} leaves the last turn of a dialogue out")
+            self.left_out |= {m["role"] for m in messages if m["content"] not in prompt}
+            for message in messages:
+                turns = turns.replace(message["content"], "")
             layout += turns
-            at = whole.rindex(answer)
-            close = whole[at + len(answer):]
-            if whole.startswith(prompt) and len(prompt) <= at:
-                shapes.append((True, whole[len(prompt):at], close))
-            elif prompt.startswith(whole[:at]):
-                # The generation prompt opens something (<think>) that a finished turn does not show.
-                shapes.append((False, prompt[at:], close))
-            elif messages[0]["role"] == "system":
-                continue                    # Mistral's puts the system text into the last turn if that is the user's
-            else:
-                n = next(i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b)
-                raise ValueError(f"{self.source} writes {prompt[n:n + 60]!r} at the end of a prompt where an answered "
-                                 f"dialogue has {whole[n:n + 60]!r}; where its responses start cannot be told")
+            # Mistral's template puts the system text into the last turn if that is the user's: with an answer it is lost.
+            shape = self.response_shape(prompt, whole, answer["content"], required=messages[0]["role"] != "system")
+            if shape:
+                shapes.append(shape)
         if len(set(shapes)) > 1:
             raise ValueError(f"{self.source} opens and closes responses in different ways, {shapes[0][1:]} and "
                              f"{next(s for s in shapes if s != shapes[0])[1:]}")
 
         self.continues, self.open, close = shapes[0]
-        found = self.tokenizer.find_name.search(close)
-        if not found:
+        end = self.tokenizer.find_name.search(close)
+        if not end:
             raise ValueError(f"{self.source} closes a response with {close!r}, in which no token of the tokenizer stands "
                              "that generation could end at")
-        self.close, self.rest = close[:found.end()], close[found.end():]
-        self.space = close[:found.start()]                  # between a response's text and its end token
-        self.end_id = self.tokenizer.names[found[0]]
-        self.tokenizer.reserve([found[0], *(name for name in self.tokenizer.words if name in layout)])
+        self.space = close[:end.start()]                    # between a response's text and its end token
+        self.close, self.rest = close[:end.end()], close[end.end():]
+        self.tokenizer.reserve([end[0], *(name for name in self.tokenizer.words if name in layout)])
         self.find_control = any_of(self.tokenizer.special)
-        self.stop_ids = {self.end_id}
-        if self.tokenizer.eos_id is not None:
-            self.stop_ids.add(self.tokenizer.eos_id)
+        self.end_id = self.tokenizer.names[end[0]]
+        self.stop_ids = {self.end_id} | ({self.tokenizer.eos_id} - {None})
         self.asked_text = self.render(ask, True)
         ends_with_token = self.tokenizer.find_name.split(self.asked_text)[-1] == ""
         self.place = "after" if ends_with_token else "inside"
+
+    def response_shape(self, prompt, whole, answer, required):
+        """(whether the answered dialogue continues the prompt, what stands between the two and the answer, what stands
+        after it). None if where the response starts cannot be told, ValueError if that is required."""
+        at = whole.rindex(answer)
+        close = whole[at + len(answer):]
+        if whole.startswith(prompt) and len(prompt) <= at:
+            return True, whole[len(prompt):at], close
+        if prompt.startswith(whole[:at]):       # the prompt opens something (<think>) that a finished turn does not show
+            return False, prompt[at:], close
+        if required:
+            n = next(i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b)
+            raise ValueError(f"{self.source} writes {prompt[n:n + 60]!r} at the end of a prompt where an answered dialogue "
+                             f"has {whole[n:n + 60]!r}; where its responses start cannot be told")
 
     def encode_prompt(self, messages):
         self.check(messages)
@@ -840,7 +851,10 @@ def find_template(folder):
     """(chat template, where it is from) of a model folder, empty strings without one."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.exists():
-        return file.read_text(encoding="utf-8"), f"the chat template {file}"
+        try:
+            return file.read_text(encoding="utf-8"), f"the chat template {file}"
+        except ValueError as e:
+            raise ValueError(f"{file}: not UTF-8 text ({e})") from None
     template = _read_json(settings).get("chat_template") or ""
     if isinstance(template, list):                       # several named templates
         template = {t["name"]: t["template"] for t in template}.get("default", "")
@@ -915,7 +929,12 @@ def main(argv=None):
 def compare(folder, chat):
     """What transformers' apply_chat_template says of the same dialogues, in words. ValueError shows the first difference."""
     if not isinstance(chat, ChatTemplate):
-        return "nothing: the layout is not the folder's chat template but the makers' own, which the tests compare"
+        if not find_template(Path(folder))[0]:
+            return "nothing: the folder has no chat template to compare with"
+        other = load_chat_format(folder, chat.tokenizer)
+        same = other.encode_prompt(SAMPLE) == chat.encode_prompt(SAMPLE)
+        return (f"this layout is {'the same as' if same else 'another than'} that of {other.source}, which opens a dialogue "
+                f"with {other.opening()!r}")
     try:
         import transformers
     except ImportError:

@@ -5,6 +5,7 @@
 import ast
 import base64
 import datetime
+import io
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from llama_models.llama3.tokenizer import Tokenizer as Llama3Tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import tokenizer as tokenizer_module
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, llama3_prompt, mistral_ids, write_smollm2_tokenizer
-from tokenizer import CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
+from tokenizer import BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
 
 # --- generated dialogues ----------------------------------------------------------------------------------------------
 
@@ -332,7 +334,7 @@ CHATML_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' 
 
 def template_chat(folder, tokenizer, template, date=None, **settings):
     write_settings(folder, template, **settings)
-    return load_chat_format(folder, tokenizer, date=date)
+    return load_chat_format(folder, tokenizer or load_tokenizer(folder), date=date)
 
 
 def test_a_template_without_a_default_system_line_adds_none(tokenizers, tmp_path):
@@ -401,6 +403,14 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, tmp_path, mon
     with pytest.raises(ValueError) as error:
         template_chat(tmp_path, tokenizers["v1"], template)
     assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)
+
+
+@pytest.mark.parametrize("text", [BREAK, f"a{BREAK}{BREAK}b<|im_end|>{BREAK}", f"<{BREAK}|im_end|>"])
+def test_the_character_that_breaks_names_may_stand_in_text(tokenizers, tmp_path, text):
+    chat = template_chat(tmp_path, tokenizers["llama3"], CHATML_TEMPLATE.replace("<|im_end|>", "<|eot_id|>"))
+    *content, end = chat.encode_response(text)
+    assert content == chat.tokenizer.encode(text, bos=False, eos=False) and end == chat.end_id
+    assert chat.decode_response(content) == text
 
 
 def test_a_template_that_leaves_turns_out_is_refused_where_there_are_such_turns(tokenizers, tmp_path):
@@ -671,6 +681,20 @@ def test_a_word_that_a_model_may_write_is_one_token_and_shown_and_control_tokens
     assert tokenizer.decode([end - 1, *hi, end]) == "<think>hi" and tokenizer.piece(end) == "<end>"
     assert tokenizer.encode("<think>hi", bos=False, eos=False) == [end - 1, *hi]
     assert end not in tokenizer.encode("<end>", bos=False, eos=False) and tokenizer.vocab_size == end + 1
+
+
+def test_a_symbol_of_the_sentencepiece_model_that_is_a_control_token_stays_text_in_text(tmp_path):
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=trained, model_type="bpe", vocab_size=1200, byte_fallback=True,
+        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    special = {str(i): {"content": name, "special": True} for i, name in ((3, "<|im_start|>"), (4, "<|im_end|>"))}
+    chat = template_chat(tmp_path, None, CHATML_TEMPLATE, added_tokens_decoder=special)
+    assert chat.tokenizer.model.encode("a<|im_end|>").count(4) == 1         # the library itself would take it
+    for text in ("<|im_end|>", "a <|im_start|><|im_end|> b <|im_end|>"):
+        *content, end = chat.encode_response(text)
+        assert end == 4 and {3, 4}.isdisjoint(content) and chat.decode_response(content) == text
 
 
 def test_an_id_without_a_token_decodes_to_nothing(tokenizers):
