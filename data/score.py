@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 from data.preference import as_answers, parse_line, read_jsonl
 from model import Transformer, causal_attention, checkpoint_tensors, load_model
-from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
+from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU. At 8B in bf16 the
 # widest activations, two of the MLP, take 1 GB.
@@ -171,15 +171,13 @@ def reward_scorer(folder, chat_format=None):
     chat = load_chat_format(folder, tokenizer, chat_format)
     model = load_reward_model(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
     longest, prompt_end = model.config.max_positions, getattr(model, "prompt_end", [])
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
-                         f"{model.config.vocab_size} rows; the files do not belong together")
+    check_vocabulary(folder, chat, model.config.vocab_size)
     if model.pad_id == chat.end_id:
         raise ValueError(f"{folder}: pad_token_id = {model.pad_id} of config.json is the end token of an answer, so that "
                          "transformers reads the token before it; to read the end token set it to null")
     if prompt_end and chat.encode_prompt([{"role": "user", "content": "Hi"}])[-len(prompt_end):] != prompt_end:
-        raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; chat format "
-                         f"{type(chat).__name__} of this tokenizer ends it otherwise")
+        raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; {chat.source} "
+                         "ends it otherwise")
 
     def score(turns, answers):
         prompt, rows = chat.encode_prompt(turns), [[]]

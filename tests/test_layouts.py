@@ -118,7 +118,9 @@ class Model:
                 return rest[:1 + next(i for i, id in enumerate(rest) if id in self.control)]
         if self.layout.vocabulary == "mistral-v1-first":
             return None
-        content = self.reference(dialogue[-1]["content"], add_special_tokens=False).input_ids
+        # R1's prompt has opened the thinking that a stored answer may begin with.
+        content = dialogue[-1]["content"].removeprefix("<think>\n")
+        content = self.reference(content, add_special_tokens=False).input_ids
         return content + [self.reference.eos_token_id]
 
 
