@@ -2,9 +2,9 @@
 
     pytest tests/test_layouts.py -k qwen3
 
-tests/layouts.py writes the folders. The oracle is transformers' PreTrainedTokenizerFast, which takes
-tokenizer.json as it stands and renders the folder's template, as every version of transformers 4
-does. AutoTokenizer of transformers 5 does not: for tokenizer_class LlamaTokenizer (Llama-2,
+tests/layouts.py writes the folders. The oracle is transformers' PreTrainedTokenizerFast, which
+takes tokenizer.json as it stands and renders the folder's template, as every version of
+transformers 4 does. AutoTokenizer of transformers 5 does not: for tokenizer_class LlamaTokenizer (Llama-2,
 TinyLlama, Yi) and GPT2Tokenizer (SmolLM2) it puts another pre-tokenizer in the place of the file's.
 """
 import random
@@ -92,8 +92,7 @@ class Model:
 
     def spells(self, word):
         text = unicodedata.normalize("NFC", f"a{word}")
-        ids = self.reference(text, add_special_tokens=False).input_ids
-        return self.reference.decode(ids).replace(" ", "") == text.replace(" ", "")
+        return self.reference.decode(self.encode(text)).replace(" ", "") == text.replace(" ", "")
 
     def text(self, messages, prompt):
         return self.reference.apply_chat_template(messages, tokenize=False,
@@ -103,25 +102,41 @@ class Model:
         return self.reference.apply_chat_template(messages, tokenize=True, return_dict=False,
                                                   add_generation_prompt=prompt)
 
+    def encode(self, text):
+        return self.reference(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def closing(self):
+        """What the template writes behind an answer, and the id of the end token in it."""
+        answered = self.text([*ONE_TURN, {"role": "assistant", "content": "Hello!"}], False)
+        text = answered.rpartition("Hello!")[2]
+        return text, next(i for i in self.encode(text) if i in self.control)
+
     def response(self, dialogue):
         """The ids of the last turn, up to its end token.
 
         They are what the whole dialogue has beyond its prompt, or, where a template drops the
-        system turn of a dialogue that ends with an answer, what the last exchange has. Where the
-        prompt is no beginning of either (R1 has `<think>` in the prompt alone; newlines may merge
-        across the border), they are the content and the end token. None: not even that is so.
+        system turn of a dialogue that ends with an answer, what the last exchange has. Where that
+        holds for the strings alone (newlines may merge across the border), they are the ids of the
+        rest of the string. Where the prompt opens what the dialogue does not show (R1's `<think>`),
+        they are those of the content, without that opening, and of the end token. None:
+        sentencepiece merges across the border.
         """
+        closing, end = self.closing
         for messages in (dialogue, dialogue[-2:]):
             prompt, whole = self.ids(messages[:-1], True), self.ids(messages, False)
             rest = whole[len(prompt):]
             if whole[:len(prompt)] == prompt:
-                return rest[:1 + next(i for i, id in enumerate(rest) if id in self.control)]
+                return rest[:1 + rest.index(end)]
         if self.layout.vocabulary == "mistral-v1-first":
             return None
-        # R1's prompt has opened the thinking that a stored answer may begin with.
-        content = dialogue[-1]["content"].removeprefix("<think>\n")
-        content = self.reference(content, add_special_tokens=False).input_ids
-        return content + [self.reference.eos_token_id]
+        prompt, whole = self.text(messages[:-1], True), self.text(messages, False)
+        rest = whole.removeprefix(prompt)
+        if rest == whole:
+            opening = "<think>\n" if prompt.endswith("<think>\n") else ""
+            rest = messages[-1]["content"].removeprefix(opening) + closing
+        ids = self.encode(rest)
+        return ids[:1 + ids.index(end)]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -212,16 +227,15 @@ def test_layout_has_the_real_ids(model):
     if model.name in real:
         assert model.ids(ONE_TURN, True) == real[model.name]
     # A text by itself, against the tokenizers that the models were made with.
-    encode = lambda text: model.reference(text, add_special_tokens=False).input_ids
     texts = [text for text in TEXTS[:100] if not any(name in text for name in CONTROL_TEXTS)]
     if model.name == "llama-3-instruct":
         official = Llama3Tokenizer(LLAMA3_MODEL)
-        assert [encode(text) for text in texts] == [official.encode(text, bos=False, eos=False)
-                                                    for text in texts]
+        for text in texts:
+            assert model.encode(text) == official.encode(text, bos=False, eos=False)
     if model.name in ("llama-2-chat", "mistral-v0.3-instruct"):
         file = MISTRAL_MODELS["v1" if model.name == "llama-2-chat" else "v3"]
         official = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        assert [encode(text) for text in texts] == official.encode(texts)
+        assert [model.encode(text) for text in texts] == official.encode(texts)
 
 
 def test_layout_has_one_begin_token_and_the_right_marks(model):
