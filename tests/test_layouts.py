@@ -4,8 +4,9 @@
 
 tests/layouts.py writes the folders. The oracle is transformers' PreTrainedTokenizerFast, which
 takes tokenizer.json as it stands and renders the folder's template, as every version of
-transformers 4 does. AutoTokenizer of transformers 5 does not: for tokenizer_class LlamaTokenizer (Llama-2,
-TinyLlama, Yi) and GPT2Tokenizer (SmolLM2) it puts another pre-tokenizer in the place of the file's.
+transformers 4 does. AutoTokenizer of transformers 5 does not: for tokenizer_class LlamaTokenizer
+(Llama-2, TinyLlama, Yi) and GPT2Tokenizer (SmolLM2) it puts another pre-tokenizer in the place of
+the file's.
 """
 import random
 import unicodedata
