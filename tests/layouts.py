@@ -22,7 +22,7 @@ from oracles import LLAMA3_MODEL, MISTRAL_MODELS, package_folder, write_smollm2_
 # Vocabularies of 128,000 byte pairs take seconds to read. One layout has all of them.
 CUT = 30_000
 
-# --- templates --------------------------------------------------------------------------------------
+# --- templates ------------------------------------------------------------------------------------
 
 LLAMA3 = r"""
 {{- bos_token -}}
@@ -35,7 +35,7 @@ LLAMA3 = r"""
 {%- endif -%}
 """
 
-# DATE is replaced by an expression. A system turn with the date comes first, whether asked for or not.
+# DATE is replaced by an expression. A system turn with the date comes first in any case.
 LLAMA3_DATED = r"""
 {%- macro header(role) -%}
     {{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\n\n' -}}
@@ -93,7 +93,7 @@ MISTRAL_V1 = r"""
 {%- endfor -%}
 """
 
-# The system text joins the user turn that ends the dialogue. A dialogue that ends otherwise drops it.
+# The system text joins the user turn that ends the dialogue; where an answer ends it, it is lost.
 MISTRAL_V3 = r"""
 {%- if messages[0].role == 'system' -%}
     {%- set rules = messages[0].content ~ '\n\n' -%}
@@ -203,7 +203,7 @@ def fill(template, **parts):
     return template
 
 
-# --- vocabularies: the content of a tokenizer.json ----------------------------------------------------
+# --- vocabularies: the content of a tokenizer.json ------------------------------------------------
 
 def added_token(id, content, special=True):
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -226,7 +226,8 @@ def byte_level_spec(ranks, pattern, first_id=0, normalizer=None, ignore_merges=F
         halves.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [[spell(a), spell(b)] for a, b in halves]
 
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
@@ -266,7 +267,8 @@ def tekken_spec():
     """Mistral-Nemo's own vocabulary, cut: 1,000 control tokens come before the byte pairs."""
     file = package_folder("mistral_common") / "data" / "tekken_240718.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in content["vocab"][:CUT]}
+    tokens = content["vocab"][:CUT]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in tokens}
     first_id = content["config"]["default_num_special_tokens"]
     return byte_level_spec(ranks, content["config"]["pattern"], first_id, ignore_merges=True)
 
@@ -297,14 +299,15 @@ def sentencepiece_spec(file, prefix, added):
         halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         merges += [list(pair) for pair in halves]
 
-    normalizers = {"every piece": [PREPEND, REPLACE], "never": [REPLACE], "first piece": None}[prefix]
+    normalizers = {"every piece": [PREPEND, REPLACE], "never": [REPLACE], "first piece": None}
+    steps = normalizers[prefix]
     decoders = [REPLACE | {"pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix != "never":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": normalizers and {"type": "Sequence", "normalizers": normalizers},
+        "normalizer": steps and {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": METASPACE if prefix == "first piece" else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
@@ -317,7 +320,7 @@ def rename_pieces(content, names, add_dummy_prefix):
     """A sentencepiece model with some pieces renamed: {id: (name, kind)}, kind 3 control, 4 defined
     by its maker, which text turns into whatever stands around it.
 
-    The file is a protobuf: a piece is field 1, its name field 1, its score field 2, its kind field 3.
+    The file is a protobuf: a piece is field 1; its name, score and kind are its fields 1, 2 and 3.
     """
     result, position, id = [], 0, 0
     while position < len(content) and content[position] == 0x0A:
@@ -338,7 +341,7 @@ def rename_pieces(content, names, add_dummy_prefix):
     return b"".join(result) + content[position:] + normalizer
 
 
-# --- the layouts --------------------------------------------------------------------------------------
+# --- the layouts ----------------------------------------------------------------------------------
 
 @dataclass
 class Layout:
@@ -358,8 +361,9 @@ class Layout:
     thinking: bool = False
 
 
-SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
-                 "add_eos_token": False, "clean_up_tokenization_spaces": False, "sp_model_kwargs": {},
+SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                 "add_bos_token": True, "add_eos_token": False,
+                 "clean_up_tokenization_spaces": False, "sp_model_kwargs": {},
                  "model_max_length": 1000000000000000019884624838656,
                  "tokenizer_class": "LlamaTokenizer", "use_default_system_prompt": False}
 META = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
@@ -432,15 +436,16 @@ LAYOUTS = {
     "smollm2-instruct": Layout(
         fill(CHATML, BEGIN="''", DEFAULT="'You are a helpful AI assistant named SmolLM, trained by "
                                          "Hugging Face'"),
-        "smollm2", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
-                    "unk_token": "<|endoftext|>", "add_prefix_space": False,
+        "smollm2", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+                    "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+                    "add_prefix_space": False,
                     "clean_up_tokenization_spaces": False, "model_max_length": 8192,
                     "vocab_size": 49152, "tokenizer_class": "GPT2Tokenizer"},
         {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}, jinja_file=True,
         special_tokens_map=True),
     "qwen2.5-instruct": Layout(
-        fill(CHATML, BEGIN="''", DEFAULT="'You are Qwen, created by Alibaba Cloud. You are a helpful "
-                                         "assistant.'"),
+        fill(CHATML, BEGIN="''", DEFAULT="'You are Qwen, created by Alibaba Cloud. You are a "
+                                         "helpful assistant.'"),
         "qwen2.5", QWEN, {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>",
                           "eos_token_id": ["<|im_end|>", "<|endoftext|>"]}),
     "qwen2.5-math-instruct": Layout(
@@ -480,7 +485,7 @@ LAYOUTS = {
 
 
 def llama3_names(renamed):
-    """The 256 control tokens of Llama-3.1 in the order of their ids, some renamed: {index: name}."""
+    """The 256 control tokens of Llama-3.1 in the order of their ids; renamed: {index: name}."""
     names = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
              "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
              "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -508,6 +513,10 @@ R1_QWEN_ADDED = ["<｜end▁of▁sentence｜>", *R1_MARKS, "<｜begin▁of▁sen
 WORDS = {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
          "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
          "<think>", "</think>", "<|EOT|>"}
+
+
+SENTENCEPIECE_KINDS = {"llama-2", "mistral-v1", "mistral-v1-first", "zephyr", "dolphin",
+                       "mistral-v3", "yi"}
 
 
 def write_layout(name, folder):
@@ -542,9 +551,11 @@ def write_layout(name, folder):
                    {key: settings[key] for key in names if settings.get(key) is not None})
 
     # Ids of generation_config.json that depend on where a vocabulary was cut are given by name.
-    find = lambda value: [find(v) for v in value] if isinstance(value, list) else ids.get(value, value)
-    generation = {key: find(value) for key, value in layout.generation.items()}
-    write_json(folder / "generation_config.json", generation | {"transformers_version": "4.43.0"})
+    generation = {"transformers_version": "4.43.0"}
+    for key, value in layout.generation.items():
+        many = isinstance(value, list)
+        generation[key] = [ids[name] for name in value] if many else ids.get(value, value)
+    write_json(folder / "generation_config.json", generation)
     return layout
 
 
@@ -553,7 +564,7 @@ def write_json(path, content):
 
 
 def write_vocabulary(layout, folder):
-    """Writes tokenizer.json, and tokenizer.model where the real folder has one. Returns the first."""
+    """Writes tokenizer.json, and tokenizer.model where the real folder has one. Gives the spec."""
     kind = layout.vocabulary
     if kind == "smollm2":
         write_smollm2_tokenizer(folder)
@@ -563,7 +574,7 @@ def write_vocabulary(layout, folder):
     words = WORDS | set(layout.marks)
     number = lambda names, first: [added_token(first + i, name, name not in words)
                                    for i, name in enumerate(names)]
-    if kind in ("llama-2", "mistral-v1", "mistral-v1-first", "zephyr", "dolphin", "mistral-v3", "yi"):
+    if kind in SENTENCEPIECE_KINDS:
         spec = write_sentencepiece(kind, folder, number)
     elif kind == "tekken":
         file = package_folder("mistral_common") / "data" / "tekken_240718.json"
@@ -617,7 +628,8 @@ def write_sentencepiece(kind, folder, number):
     if kind == "mistral-v3":
         model = sentencepiece.SentencePieceProcessor(model_file=str(file))
         names = [model.id_to_piece(i) for i in range(771)]
-        added = [added_token(i, name, model.is_control(i) or i == 0) for i, name in enumerate(names)]
+        added = [added_token(i, name, special=i == 0 or model.is_control(i))
+                 for i, name in enumerate(names)]
     if kind == "dolphin":
         added += number(["<|im_end|>", "<|im_start|>"], 32000)
         write_json(folder / "added_tokens.json", {"<|im_end|>": 32000, "<|im_start|>": 32001})

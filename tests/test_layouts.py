@@ -2,8 +2,11 @@
 
     pytest tests/test_layouts.py -k qwen3
 
-tests/layouts.py writes the folders. The oracle is transformers' fast tokenizer, which takes
-tokenizer.json as it stands and renders the folder's template.
+tests/layouts.py writes the folders. The oracle is transformers' PreTrainedTokenizerFast, which
+takes tokenizer.json as it stands and renders the folder's template, as every version of
+transformers 4 does. AutoTokenizer of transformers 5 does not: for tokenizer_class LlamaTokenizer
+(Llama-2, TinyLlama, Yi) and GPT2Tokenizer (SmolLM2) it puts another pre-tokenizer in the place of
+the file's.
 """
 import random
 import unicodedata
@@ -23,7 +26,8 @@ from test_tokenizer import (ALPHABETS, CONTROL_TEXTS, ONE_TURN, SYSTEM_TWO_TURNS
 from tokenizer import load_chat_format, load_tokenizer
 
 DATE = "2026-01-31"
-SPACES = ["", "", "", " ", "  ", "\n", "\n\n", " \n\t ", "\r\n", "\u00a0", "\u3000", "\u2028", "\x0b"]
+SPACES = ["", "", "", " ", "  ", "\n", "\n\n", " \n\t ", "\r\n", "\u00a0", "\u3000", "\u2028",
+          "\x0b"]
 THINKING = ["<think>\nLet me see.\n</think>\n\n", "<think>\n\n</think>\n\n", "So.\n</think>\n\n",
             "<think>\n\n a < b\n\n</think>", "</think>", "<think>"]
 HOSTILE_WORDS = WORDS + CONTROL_TEXTS + THINKING + [
@@ -47,10 +51,10 @@ def today():
         yield
 
 
-# --- a model folder and what transformers makes of it -------------------------------------------------
+# --- a model folder and what transformers makes of it ---------------------------------------------
 
 class Model:
-    """One layout: its folder, transformers' reading of it (reference) and ours (tokenizer, chat)."""
+    """A layout, its folder, transformers' reading of it (reference) and ours (tokenizer, chat)."""
 
     def __init__(self, name, folder):
         self.name, self.folder = name, folder
@@ -70,9 +74,10 @@ class Model:
 
     @cached_property
     def plain(self):
-        """Fifty ordinary dialogues."""
-        thinking = THINKING if self.layout.thinking else []
-        return make_dialogues(self, 6, WORDS, thinking, 50)
+        """Fifty ordinary dialogues. Answers hold the words that are one token of the vocabulary."""
+        added = self.reference.added_tokens_decoder
+        openings = [token.content for i, token in added.items() if i not in self.control][:8]
+        return make_dialogues(self, 6, WORDS, openings + THINKING * self.layout.thinking, 50)
 
     @cached_property
     def hostile(self):
@@ -88,8 +93,7 @@ class Model:
 
     def spells(self, word):
         text = unicodedata.normalize("NFC", f"a{word}")
-        ids = self.reference(text, add_special_tokens=False).input_ids
-        return self.reference.decode(ids).replace(" ", "") == text.replace(" ", "")
+        return self.reference.decode(self.encode(text)).replace(" ", "") == text.replace(" ", "")
 
     def text(self, messages, prompt):
         return self.reference.apply_chat_template(messages, tokenize=False,
@@ -99,25 +103,41 @@ class Model:
         return self.reference.apply_chat_template(messages, tokenize=True, return_dict=False,
                                                   add_generation_prompt=prompt)
 
+    def encode(self, text):
+        return self.reference(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def closing(self):
+        """What the template writes behind an answer, and the id of the end token in it."""
+        answered = self.text([*ONE_TURN, {"role": "assistant", "content": "Hello!"}], False)
+        text = answered.rpartition("Hello!")[2]
+        return text, next(i for i in self.encode(text) if i in self.control)
+
     def response(self, dialogue):
         """The ids of the last turn, up to its end token.
 
         They are what the whole dialogue has beyond its prompt, or, where a template drops the
-        system turn of a dialogue that ends with an answer, what the last exchange has. Where the
-        prompt is no beginning of either (R1 has `<think>` in the prompt alone; newlines may merge
-        across the border), they are the content and the end token. None: not even that is so.
+        system turn of a dialogue that ends with an answer, what the last exchange has. Where that
+        holds for the strings alone (newlines may merge across the border), they are the ids of the
+        rest of the string. Where the prompt opens what the dialogue does not show (R1's `<think>`),
+        they are those of the content, without that opening, and of the end token. None:
+        sentencepiece merges across the border.
         """
+        closing, end = self.closing
         for messages in (dialogue, dialogue[-2:]):
             prompt, whole = self.ids(messages[:-1], True), self.ids(messages, False)
             rest = whole[len(prompt):]
             if whole[:len(prompt)] == prompt:
-                return rest[:1 + next(i for i, id in enumerate(rest) if id in self.control)]
+                return rest[:1 + rest.index(end)]
         if self.layout.vocabulary == "mistral-v1-first":
             return None
-        # R1's prompt has opened the thinking that a stored answer may begin with.
-        content = dialogue[-1]["content"].removeprefix("<think>\n")
-        content = self.reference(content, add_special_tokens=False).input_ids
-        return content + [self.reference.eos_token_id]
+        prompt, whole = self.text(messages[:-1], True), self.text(messages, False)
+        rest = whole.removeprefix(prompt)
+        if rest == whole:
+            opening = "<think>\n" if prompt.endswith("<think>\n") else ""
+            rest = messages[-1]["content"].removeprefix(opening) + closing
+        ids = self.encode(rest)
+        return ids[:1 + ids.index(end)]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -125,9 +145,12 @@ def model(request, tmp_path_factory):
     return Model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def make_dialogues(model, seed, words, thinking, count):
-    """Dialogues that end with the response: [system] user assistant (user assistant)*. A third of
-    the contents has white space around it, which templates strip or do not."""
+def make_dialogues(model, seed, words, openings, count):
+    """Dialogues that end with the response: [system] user assistant (user assistant)*.
+
+    Most contents have white space around them, which templates strip or do not. openings: what
+    answers may begin with.
+    """
     rng = random.Random(f"{seed} {model.name}")
     text = lambda: rng.choice(SPACES) + make_text(rng, words) + rng.choice(SPACES)
     dialogues = []
@@ -136,13 +159,13 @@ def make_dialogues(model, seed, words, thinking, count):
         roles = system + ["user", "assistant"] * rng.randint(1, 3)
         dialogue = [{"role": role, "content": text()} for role in roles]
         for message in dialogue:
-            if thinking and message["role"] == "assistant":
-                message["content"] = rng.choice([*thinking, "", ""]) + message["content"]
+            if message["role"] == "assistant":
+                message["content"] = rng.choice([*openings, "", ""]) + message["content"]
         dialogues.append(dialogue)
     return dialogues
 
 
-# --- the layouts themselves ---------------------------------------------------------------------------
+# --- the layouts themselves -----------------------------------------------------------------------
 
 CHATML = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n"
           "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
@@ -163,7 +186,8 @@ TWO_TURNS = {
     "llama-3-instruct": LLAMA3_SYSTEM + "Be brief." + LLAMA3,
     "llama-3.1-instruct": LLAMA3_SYSTEM + KNOWLEDGE + "26 Jul 2024\n\nBe brief." + LLAMA3,
     "llama-3.2-instruct": LLAMA3_SYSTEM + KNOWLEDGE + "31 Jan 2026\n\nBe brief." + LLAMA3,
-    "mistral-v0.1-instruct": "<s> [INST] Be brief.\n\nHi there [/INST] Hello!</s> [INST] Bye [/INST]",
+    "mistral-v0.1-instruct": "<s> [INST] Be brief.\n\nHi there [/INST] Hello!</s>"
+                             " [INST] Bye [/INST]",
     "mistral-v0.3-instruct": "<s>[INST] Hi there[/INST] Hello!</s>[INST] Be brief.\n\nBye[/INST]",
     "mistral-nemo-instruct": "<s>[INST]Hi there[/INST]Hello!</s>[INST]Be brief.\n\nBye[/INST]",
     "zephyr-beta": ZEPHYR, "tinyllama-chat": ZEPHYR, "tinyllama-saved": ZEPHYR,
@@ -176,7 +200,8 @@ DEFAULT_SYSTEM = {
     "llama-3.1-instruct": KNOWLEDGE + "26 Jul 2024\n\n",
     "smollm2-instruct": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "qwen2.5-instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "qwen2.5-math-instruct": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "qwen2.5-math-instruct": r"Please reason step by step, and put your final answer within "
+                             r"\boxed{}.",
     "hermes-3": "You are a helpful assistant."}
 
 
@@ -203,16 +228,15 @@ def test_layout_has_the_real_ids(model):
     if model.name in real:
         assert model.ids(ONE_TURN, True) == real[model.name]
     # A text by itself, against the tokenizers that the models were made with.
-    encode = lambda text: model.reference(text, add_special_tokens=False).input_ids
     texts = [text for text in TEXTS[:100] if not any(name in text for name in CONTROL_TEXTS)]
     if model.name == "llama-3-instruct":
         official = Llama3Tokenizer(LLAMA3_MODEL)
-        assert [encode(text) for text in texts] == [official.encode(text, bos=False, eos=False)
-                                                    for text in texts]
+        for text in texts:
+            assert model.encode(text) == official.encode(text, bos=False, eos=False)
     if model.name in ("llama-2-chat", "mistral-v0.3-instruct"):
         file = MISTRAL_MODELS["v1" if model.name == "llama-2-chat" else "v3"]
         official = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        assert [encode(text) for text in texts] == official.encode(texts)
+        assert [model.encode(text) for text in texts] == official.encode(texts)
 
 
 def test_layout_has_one_begin_token_and_the_right_marks(model):
@@ -226,7 +250,7 @@ def test_layout_has_one_begin_token_and_the_right_marks(model):
         assert model.reference.convert_tokens_to_ids(mark) in ids
 
 
-# --- ids ------------------------------------------------------------------------------------------------
+# --- ids ------------------------------------------------------------------------------------------
 
 def test_prompt_ids_equal_transformers(model):
     for dialogue in model.plain:
@@ -250,6 +274,8 @@ def test_a_system_turn_that_the_template_refuses_is_refused(model):
 
 
 def test_the_date_of_a_template_is_the_one_that_it_is_given(model):
+    if not model.name.startswith("llama-3"):
+        return
     chat = load_chat_format(model.folder, model.tokenizer, date="2025-12-05")
     text = model.tokenizer.decode(chat.encode_prompt(ONE_TURN))
     assert ("Today Date: 05 Dec 2025\n" in text) == (model.name == "llama-3.2-instruct")
