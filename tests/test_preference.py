@@ -63,7 +63,7 @@ def test_multi_turn_dialogues_keep_every_turn():
     turns = [{"role": "system", "content": "s"}, user(" first "), assistant("reply"), user("second")]
     row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")], "prompt": "first"}
     prompt, chosen, rejected = parse_row(row)
-    assert [t["content"] for t in prompt] == ["s", "first", "reply", "second"]
+    assert [t["content"] for t in prompt] == ["s", " first ", "reply", "second"]     # the format strips
     assert (chosen, rejected) == ("good", "bad")
 
 
@@ -76,7 +76,7 @@ def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
-    assert dropped == {"identical answers": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
+    assert dropped == {"answers that differ only in white space, which the chat format strips": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
                        "prompt with response over max_length = 100": 1, "all scores equal": 1}
 
 
@@ -97,7 +97,9 @@ BAD_ROWS = {
     "user last": {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
     "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
     "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
-    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, math.nan]},
+    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, "2"]},
+    "all_rm_scores[1] is nan, which JSON does not have": {"prompt": "q", "all_generated_responses": ["a", "b"],
+                                                         "all_rm_scores": [1, math.nan]},
     "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1], "all_rm_scores": [1, 2]},
 }
 
@@ -117,7 +119,7 @@ def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
     with pytest.raises(ValueError, match="absent.jsonl: cannot be read"):
         load_pairs([tmp_path / "absent.jsonl"], LetterChat(), 10, 10)
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(ValueError, match="latin.jsonl: cannot be read as UTF-8"):
+    with pytest.raises(ValueError, match="latin.jsonl:1: cannot be read as UTF-8"):
         load_pairs([tmp_path / "latin.jsonl"], LetterChat(), 10, 10)
 
 

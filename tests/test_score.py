@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from data import score as score_py
-from data.preference import load_pairs, read_jsonl
+from data.files import read_jsonl
+from data.preference import load_pairs
 from data.score import load_judge, load_reward_model, main, reward_scorer, rewards
 from oracles import LLAMA3_MODEL, llama3_prompt
 from test_preference import LetterChat
