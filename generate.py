@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from data.dialogues import as_messages
+from data.dialogues import as_messages, checked_text
 from data.files import write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
@@ -320,6 +320,8 @@ def main(argv):
 
     device = join_ranks(args)
     try:
+        if args.prompt:
+            checked_text(args.prompt, "--prompt", args.as_it_stands)
         tokenizer = load_tokenizer(args.model)
         chat = load_chat_format(args.model, tokenizer, args.chat_format)
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)

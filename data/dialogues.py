@@ -40,8 +40,8 @@ LAYOUTS = [(name, mark, re.compile(pattern, re.MULTILINE | re.DOTALL)) for name,
     ("a dialogue of Human: and Assistant:, as in HH", "Human:", r"\A\s*Human:.*?\n\nAssistant:"),
     ("Alpaca's ### Instruction: and ### Response:", "### Instruction:", r"### Instruction:\n.*?\n### Response:\s*\Z"),
     ("Vicuna's USER: and ASSISTANT:", "USER:", r"\bUSER: .*?\sASSISTANT:\s*\Z"))]
-END_MARK = re.compile(r"(?<=\S)(<\|im_end\|>|<\|eot_id\|>|</s>|<end_of_turn>|<\|end\|>|<\|endoftext\|>|<\|end_of_text\|>"
-                      r"|<｜end▁of▁sentence｜>)\s*\Z")
+END_MARKS = ("<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
+             "<｜end▁of▁sentence｜>")
 
 
 def as_messages(prompt, field="prompt"):
@@ -130,10 +130,20 @@ def checked_text(text, field, as_it_stands=False):
     if not as_it_stands:
         for name, mark, pattern in LAYOUTS:
             if mark in text and (found := pattern.search(text)):
+                beside = ", beside a prompt," if field in ("chosen", "rejected") else ""
                 raise ValueError(f"{field} is laid out already as {name} ({found[0].strip()[:40]!r} ...); expected bare text "
                                  "or a list of turns, for the model's own chat format goes around it. Bring it into turns, "
-                                 "or --as_it_stands takes it as it stands")
+                                 f"or{beside} --as_it_stands takes it as it stands")
     return text
+
+
+def end_mark(text):
+    """The end mark of a chat format that follows the last word of a text at once, or None."""
+    text = text.rstrip()
+    for mark in END_MARKS:
+        if text.endswith(mark) and not text[:-len(mark)][-1:].isspace():
+            return mark
+    return None
 
 
 def same_turns(some, others):

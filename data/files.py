@@ -16,6 +16,7 @@ import gzip
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -140,10 +141,11 @@ def _check_values(value, field):
                 value.encode()
             except UnicodeEncodeError as e:
                 raise ValueError(f"{field} holds half a surrogate pair ({value[e.start]!a} at character {e.start + 1}); "
-                                 "expected whole characters: was it cut in the middle of an emoji?") from None
+                                 "expected whole characters (was it cut in the middle of an emoji?)") from None
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{field} is {value}, which JSON does not have; expected text, a finite number or null")
+            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected text, a finite number or "
+                             "null")
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_values(name, f"a name in {field or 'the row'}")
@@ -241,10 +243,11 @@ def _read_parquet(path):
 def _in_processes(use, items, workers):
     """Yields (source, outcome) of items in their order, from forked processes. `use` reaches them in the memory that
     they are forked with: it is never pickled. ChildProcessError if one of them dies."""
-    context = multiprocessing.get_context("fork")
-    at_work = context.RawArray("q", workers * TASKS_PER_WORKER)     # the line at which each task is; -1: none
-    running = deque()                                               # (lines, slot of at_work, future)
-    with ProcessPoolExecutor(workers, context, _begin_worker, (use, at_work, os.getpid())) as pool:
+    # The line at which each task is, -1 for none, in memory that is shared with the processes forked from this one.
+    at_work = memoryview(mmap.mmap(-1, 8 * workers * TASKS_PER_WORKER)).cast("q")
+    running = deque()           # (lines, slot of at_work, future)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
         try:
             for number in itertools.count():
                 lines = list(itertools.islice(items, LINES_PER_TASK))

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data.dialogues import (END_MARK, as_messages, checked_text, checked_turns, prompt_turns, refuse_more_than_text,
+from data.dialogues import (as_messages, checked_text, checked_turns, end_mark, prompt_turns, refuse_more_than_text,
                             same_turns, with_system)
 from data.files import Dropped, read_rows, written_whole
 
@@ -97,16 +97,20 @@ def parse_row(row, as_it_stands=False):
 
 
 def _parse_pair(row, as_it_stands):
+    prompt, chosen, rejected = _prompt_and_answers(row, as_it_stands)
+    mark = end_mark(chosen)
+    if mark and mark == end_mark(rejected) and not as_it_stands:
+        raise ValueError(f"chosen and rejected end with {mark}; expected bare text, for the model's own chat format "
+                         "adds its end token. Take it off, or --as_it_stands takes the texts as they stand")
+    return prompt, chosen, rejected
+
+
+def _prompt_and_answers(row, as_it_stands):
     refuse_more_than_text(row, "the row")
     before, chosen = _split_answer(row["chosen"], "chosen", as_it_stands)
     before_rejected, rejected = _split_answer(row["rejected"], "rejected", as_it_stands)
     if not same_turns(before, before_rejected):
         raise ValueError("chosen and rejected differ before their last turn; expected one prompt for both")
-    ends = [END_MARK.search(text) for text in (chosen, rejected)]
-    if all(ends) and ends[0][1] == ends[1][1] and not as_it_stands:
-        raise ValueError(f"chosen and rejected end with {ends[0][1]}; expected bare text, for the model's own chat format "
-                         "adds its end token. Take it off, or --as_it_stands takes the texts as they stand")
-
     field = next((name for name in PROMPT_FIELDS if row.get(name) is not None), None)
     if field is None and not before:
         raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the other to hold "

@@ -98,7 +98,7 @@ BAD_ROWS = {
     "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
     "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
     "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, "2"]},
-    "all_rm_scores[1] is nan, which JSON does not have": {"prompt": "q", "all_generated_responses": ["a", "b"],
+    "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q", "all_generated_responses": ["a", "b"],
                                                          "all_rm_scores": [1, math.nan]},
     "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1], "all_rm_scores": [1, 2]},
 }
