@@ -212,6 +212,39 @@ def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
         hold_out(pairs, 20, seed=1)
 
 
+def test_where_prompts_are_unique_the_first_of_the_seeded_order_are_held_out():
+    pairs = make_pairs([(2, 1, 1)] * 50)
+    for n in (1, 7, 49):
+        expected = sorted(np.random.default_rng(3).permutation(50)[:n].tolist())
+        assert [int(p.source[2:]) for p in hold_out(pairs, n, seed=3)[1]] == expected
+
+
+def test_pairs_of_one_prompt_are_held_out_together_or_not_at_all():
+    sizes = [1, 5, 2, 3, 1, 4, 2, 2]
+    pairs = [PreferencePair(np.array([prompt]), np.array([1]), np.array([2]), f"f:{prompt}-{i}")
+             for prompt, size in enumerate(sizes) for i in range(size)]
+    prompts = lambda pairs: [p.prompt.item() for p in pairs]
+    drawn = set()
+    for n in range(1, len(pairs)):
+        for seed in range(20):
+            train, held_out = hold_out(pairs, n, seed)
+            assert not set(prompts(train)) & set(prompts(held_out)) and len(train) + len(held_out) == len(pairs)
+            assert train and 0 < len(held_out) <= n
+            # Fewer than n are held out only if every prompt that is left has more pairs than are missing.
+            assert all(sizes[prompt] > n - len(held_out) for prompt in set(prompts(train)))
+            drawn |= set(prompts(held_out)) if n == 5 else set()
+    assert drawn == set(range(8))
+    with pytest.raises(ValueError, match="cannot hold out 1 of 4 pairs: every prompt has more"):
+        hold_out(pairs[1:3] * 2, 1, seed=0)
+
+
+def test_pairs_of_arrays_and_lines_are_kept_with_their_places(tmp_path):
+    ids = np.array([1, 2], dtype=np.int32)
+    sources = ["a 7.json: item 1", "a 7.json: item 22", "b: 3.jsonl:4", "a 7.json: item 3"]
+    keep_pairs(tmp_path / "x.safetensors", [PreferencePair(ids, ids, ids, source) for source in sources], Counter())
+    assert [pair.source for pair in read_kept_pairs(tmp_path / "x.safetensors")[0]] == sources
+
+
 def test_a_damaged_file_of_kept_pairs_is_an_error_that_names_it(tmp_path):
     pairs, dropped = [PreferencePair(*(np.array([1, 2], dtype=np.int32) for _ in range(3)), "a.jsonl:1")], Counter()
     keep_pairs(tmp_path / "x.safetensors", pairs, dropped)
