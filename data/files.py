@@ -13,6 +13,7 @@ first ten and counts the others, so that a file is put right in one go; or bad l
 """
 import ctypes
 import gzip
+import io
 import itertools
 import json
 import math
@@ -158,20 +159,22 @@ def _check_values(value, field):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def read_items(path):
-    """Yields ("file:line", bytes) of the lines of JSON Lines that are not empty, or ("file: item N", object) of an
-    array or of parquet. ValueError if the file is none of them."""
+    """Yields ("file:line", bytes) of the lines of JSON Lines that are not empty, or
+    ("file: item N", object) of an array or of parquet. ValueError if the file is none of them."""
     try:
-        head, unpack = _look(path)
-        start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
-        if head.startswith(b"PAR1"):
-            yield from _read_parquet(path)
-        elif start.startswith(b"["):
-            yield from _read_array(path, unpack)
-        else:
-            if _is_indented(start):
-                raise ValueError(f"{path}: JSON objects that are indented over several lines; expected an object a line "
-                                 f"(JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
-            with unpack(path, "rb") as f:
+        with _unpacked(path) as f:
+            head = f.peek(HEAD)
+            _refuse_other_kinds(path, head)
+            start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+            if head.startswith(b"PAR1"):
+                yield from _read_parquet(path)
+            elif start.startswith(b"["):
+                yield from _read_array(path, f.read())
+            elif _is_indented(start):
+                raise ValueError(
+                    f"{path}: JSON objects that are indented over several lines; expected an object a line "
+                    f"(JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
+            else:
                 for number, line in enumerate(f, 1):
                     if number == 1:
                         line = line.removeprefix(BYTE_ORDER_MARK)
@@ -183,23 +186,26 @@ def read_items(path):
         raise ValueError(f"{path}: cannot be read ({e})") from None
 
 
-def _look(path):
-    """(first bytes, how to open it) of a file, past its compression. ValueError if its first bytes are of another kind
-    than rows have."""
-    with open(path, "rb") as f:
-        unpack = gzip.open if f.read(2) == b"\x1f\x8b" else open
-    with unpack(path, "rb") as f:
-        head = f.read(HEAD)
+def _unpacked(path):
+    """A file opened past its compression, whose first HEAD bytes can be looked at."""
+    f = open(path, "rb", buffering=HEAD)
+    if f.peek(2).startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.open(f), HEAD)
+    return f
+
+
+def _refuse_other_kinds(path, head):
+    """ValueError if the first bytes of a file are of another kind than rows have."""
+    expected = "expected JSON Lines or a JSON array in UTF-8, gzipped or not, or parquet"
     for first, kind in NOT_ROWS.items():
         if head.startswith(first):
-            encoding = kind.split()[0]
-            advice = f"Convert it: iconv -f {encoding} -t UTF-8 {path} > NEW" if "text" in kind else "Unpack or convert it"
-            raise ValueError(f"{path}: {kind}; expected JSON Lines or a JSON array in UTF-8, gzipped or not, or parquet. "
-                             f"{advice}")
+            advice = "Unpack or convert it"
+            if "text" in kind:
+                advice = f"Convert it: iconv -f {kind.split()[0]} -t UTF-8 {path} > NEW"
+            raise ValueError(f"{path}: {kind}; {expected}. {advice}")
     if b"\x00" in head[:4]:
-        raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at all; expected UTF-8. "
-                         f"Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
-    return head, unpack
+        raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at all; "
+                         f"{expected}. Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
 
 
 def _is_indented(start):
@@ -212,9 +218,7 @@ def _is_indented(start):
     return isinstance(found, dict) and "\n" in text[:end]
 
 
-def _read_array(path, unpack):
-    with unpack(path, "rb") as f:
-        content = f.read()
+def _read_array(path, content):
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
