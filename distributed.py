@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
+from data.files import write_whole
 from model import BLOCK_LOGITS, KEPT_LOGITS, Transformer, checkpoint_tensors, load_model, read_config, save_model
 
 
@@ -212,12 +213,6 @@ def check_same_run(output, identity):
                 raise ValueError(f"{output}: its run has {title.format(name)} = {old!r}, found {new!r} now; resume it "
                                  "as it was started, or name a new output folder")
     write_whole(output / "run.json", json.dumps({"job": this_job()} | identity, indent=1))
-
-
-def write_whole(path, text):
-    """Writes a file so that it is never seen half-written."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    path.with_name(path.name + ".tmp").replace(path)
 
 
 def newest_checkpoint(output, last_step):

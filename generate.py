@@ -19,6 +19,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -29,9 +30,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from data.preference import as_messages, content_hash
+from data.dialogues import as_messages, checked_text
+from data.files import write_whole
+from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
-from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say, write_whole
+from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say
 from model import causal_attention, load_model, product
 from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
@@ -178,14 +181,19 @@ def check(model, prompts, *, batch_size, max_new_tokens, samples, temperature, t
             ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
             ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("top_k", top_k, top_k >= 0, "0 or more"),
             ("samples", samples, samples > 0, "1 or more"),
-            ("max_new_tokens", max_new_tokens, max_new_tokens > 0, "1 or more"),
+            ("max_new_tokens", max_new_tokens, 0 < max_new_tokens < model.config.max_positions,
+             f"1 or more, and fewer than the {model.config.max_positions} positions of the model"),
             ("batch_size", batch_size, batch_size >= samples, f"room for the {samples} answers to a prompt")):
         if not good:
             raise ValueError(f"{name} = {value}; expected {expected}")
     for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= model.config.max_positions - max_new_tokens:
+        if not fits(model, prompt, max_new_tokens):
             raise ValueError(f"prompt {i + 1} has {len(prompt)} tokens; expected 1 or more, and with max_new_tokens = "
                              f"{max_new_tokens} at most the {model.config.max_positions} positions of the model")
+
+
+def fits(model, prompt, max_new_tokens):
+    return 0 < len(prompt) <= model.config.max_positions - max_new_tokens
 
 
 def answer(model, tokenizer, chat, prompts, *, seed=0, **settings):
@@ -251,18 +259,27 @@ def progress_line(n_answers):
 def run_job(args, model, tokenizer, chat):
     """Answers a file of prompts on all ranks, each with the whole model. The batches are the same on any number of
     ranks, and a batch's answers are kept once it is done."""
-    shape, rows, ids = read_prompts(args.prompts, chat.encode_prompt)
-    if shape == "alpaca_eval" and args.samples > 1:
-        raise ValueError(f"samples = {args.samples}; expected 1, AlpacaEval has one answer a prompt")
+    def encode(turns):
+        prompt = chat.encode_prompt(turns)
+        if not fits(model, prompt, args.max_new_tokens):
+            raise ValueError(f"the prompt has {len(prompt)} tokens; expected, with max_new_tokens = {args.max_new_tokens}, at "
+                             f"most the {model.config.max_positions} positions of the model")
+        return prompt
+
     settings = {name: getattr(args, name)
                 for name in ("samples", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k")}
-    check(model, ids, **settings)
+    check(model, [], **settings)
+    dropped = Counter()
+    shape, rows, ids = read_prompts(args.prompts, encode, dropped, args.skip_bad_lines, args.as_it_stands)
+    if shape == "alpaca_eval" and args.samples > 1:
+        raise ValueError(f"samples = {args.samples}; expected 1, AlpacaEval has one answer a prompt")
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     size = max(1, 4 * args.batch_size // args.samples)      # within a batch of so many prompts places are refilled
     batches = [by_length[i:i + size] for i in range(0, len(ids), size)]
     weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     job = settings | {"seed": args.seed, "prompts": content_hash([args.prompts]), "weights": weights,
-                      "chat_format": type(chat).__name__, "date": chat.date, "device": model.device.type}
+                      "chat_format": type(chat).__name__, "date": chat.date, "device": model.device.type,
+                      "skip_bad_lines": args.skip_bad_lines, "as_it_stands": args.as_it_stands}
     output, parts = Path(args.output), Path(args.output + ".parts")
 
     def begin():
@@ -272,7 +289,8 @@ def run_job(args, model, tokenizer, chat):
 
     todo = from_rank_0(begin)
     say(f"prompts  {len(ids)} of {len(ids[by_length[-1]])} to {len(ids[by_length[0]])} tokens in {len(batches)} "
-        f"batches, {len(batches) - len(todo)} of them done before")
+        f"batches, {len(batches) - len(todo)} of them done before"
+        + "".join(f"\n         - {n} dropped: {reason}" for reason, n in dropped.most_common()))
     mine = todo[dist.get_rank()::dist.get_world_size()]
     progress = progress_line(args.samples * sum(len(batches[b]) for b in mine))
     for b in mine:
@@ -303,7 +321,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description="Sample answers from a Hugging Face model folder.")
     parser.add_argument("--model", required=True, help="folder")
     parser.add_argument("--prompt", help="one prompt; its answers are printed")
-    parser.add_argument("--prompts", help="file of prompts: JSON Lines, or AlpacaEval's JSON")
+    parser.add_argument("--prompts", help="file of prompts: JSON Lines, a JSON array, ...")
     parser.add_argument("--output", help="file to write; its shape follows that of the prompts")
     parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -315,6 +333,9 @@ def main(argv):
     parser.add_argument("--name", help="of the model in AlpacaEval's and Arena-Hard's files; its folder's if not given")
     parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="instead of the chat template of the model's folder")
     parser.add_argument("--date", help="2026-01-31, for chat templates that write it; that of the job's first day if not given")
+    parser.add_argument("--skip_bad_lines", action="store_true",
+                        help="drop and count bad lines, and prompts too long to answer, instead of stopping")
+    parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
     parser.set_defaults(timeout_minutes=7 * 24 * 60)        # ranks that are done wait for the last one
     args = parser.parse_args(argv)
     if bool(args.prompt) == bool(args.prompts) or bool(args.prompts) != bool(args.output):
@@ -324,6 +345,8 @@ def main(argv):
 
     device = join_ranks(args)
     try:
+        if args.prompt:
+            checked_text(args.prompt, "--prompt", args.as_it_stands)
         tokenizer = load_tokenizer(args.model)
         chat = load_chat_format(args.model, tokenizer, args.chat_format, from_rank_0(lambda: first_day(args)))
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)

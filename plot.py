@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from alphapo import alphapo_reward
-from data.preference import read_jsonl
+from data.files import read_jsonl, written_whole
 
 ALPHAS = (-1, -0.25, 0, 0.1, 0.25, 0.5, 1)
 
@@ -120,7 +120,8 @@ def main():
         parser.error("shapes takes no input, runs one folder or more, drift one file")
     figure = {"shapes": shapes, "runs": lambda: runs(args.inputs), "drift": lambda: drift(*args.inputs)}[args.what]()
     figure.tight_layout()
-    figure.savefig(args.output, dpi=130)
+    with written_whole(args.output) as temporary:
+        figure.savefig(temporary, dpi=130)
     print(args.output)
 
 

@@ -22,6 +22,7 @@ import time
 import tomllib
 import traceback
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,13 +31,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
-from data.preference import (as_messages, check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
-                             read_jsonl, read_kept_pairs)
+from data.dialogues import prompt_turns
+from data.files import Dropped, read_jsonl, read_rows, write_rows, write_whole
+from data.preference import (check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
+                             read_kept_pairs)
 from data.score import load_judge
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, end_rank, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, read_run,
-                         restart_count, reuse_memory, save_checkpoint, say, write_whole)
+                         restart_count, reuse_memory, save_checkpoint, say)
 from generate import answer
 from model import COPIED_FILES
 from tokenizer import check_vocabulary, load_chat_format, load_tokenizer
@@ -50,9 +53,11 @@ ROOT = Path(__file__).resolve().parent
 class TrainConfig:
     # The job. Paths in a recipe are relative to the recipe.
     model: str = ""                           # Hugging Face folder of the starting model
-    data: list[str] = field(default_factory=list)         # JSON Lines files of pairs
+    data: list[str] = field(default_factory=list)         # files of pairs
     eval_data: list[str] = field(default_factory=list)    # held-out pairs of their own
-    eval_pairs: int = 0                       # or: so many pairs of `data` held out
+    eval_pairs: int = 0                       # or: so many pairs of `data` held out, all of a prompt together
+    skip_bad_lines: bool = False              # drop and count malformed lines instead of stopping
+    as_it_stands: bool = False                # take text that is laid out already (chat marks, Human: ...) as it stands
     output: str = ""                          # run folder; empty: the first free of runs/METHOD-001, -002, ...
     chat_format: str = ""                     # llama3, chatml, ...; empty: the chat template of the model's folder
     date: str = ""                            # 2026-01-31, for templates that write it; empty: that of the run's first day
@@ -114,7 +119,8 @@ PATHS = ("model", "data", "eval_data", "output", "cache", "judge", "judge_prompt
 CALL = ("resume", "plan")
 # May change when a run is resumed. The model and the pairs may have moved: their content is compared, not their place.
 FREE = (*PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
-        "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every")
+        "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every", "skip_bad_lines",
+        "as_it_stands")
 CACHE_BYTES = 20 * 10**6    # smaller data is tokenised in a few seconds
 MAX_SKIPPED = 3     # steps in a row whose loss or gradient is not finite: then the run gives up
 
@@ -225,7 +231,7 @@ def write_config(config, path):
             value = [os.path.abspath(p) for p in value] if isinstance(value, list) else os.path.abspath(value)
         if value is not None:
             lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}\n")    # these JSON values are TOML values
-    path.write_text("".join(lines))
+    write_whole(path, "".join(lines))
 
 
 def identity_of(config, model, pairs, held_out):
@@ -351,33 +357,39 @@ class Judge:
 
     def __init__(self, config, tokenizer, chat):
         self.score = load_judge(config.judge)
-        rows = list(read_jsonl(config.judge_prompts))
-        if not rows:
+        dropped = Counter()
+
+        def prompt_to_answer(row, source):
+            if row.get("prompt") is None:
+                raise ValueError("no field prompt")
+            turns = prompt_turns(row, "prompt", config.as_it_stands)
+            if not turns[-1]["content"].strip():
+                raise Dropped("an empty prompt")
+            chat.encode_prompt(turns)
+            return row["prompt"], turns
+
+        found = [pair for _, pair in read_rows([config.judge_prompts], prompt_to_answer, dropped, config.skip_bad_lines)]
+        if not found:
             raise ValueError(f"{config.judge_prompts}: no prompts")
-        for source, row in rows:
-            if "prompt" not in row:
-                raise ValueError(f"{source}: no field prompt")
-            try:
-                chat.encode_prompt(as_messages(row["prompt"]))
-            except ValueError as e:
-                raise ValueError(f"{source}: {e}") from None
-        self.prompts = [row["prompt"] for _, row in rows]
+        for reason, n in dropped.most_common():
+            say(f"judge    {config.judge_prompts}: {n} dropped: {reason}")
+        self.prompts = [prompt for prompt, _ in found]
+        self.turns = [turns for _, turns in found]
         self.config, self.tokenizer, self.chat = config, tokenizer, chat
 
     def __call__(self, model):
         # All ranks of a sharded model sample the same answers side by side; one of them asks the judge.
-        answers = answer(model, self.tokenizer, self.chat, self.prompts, seed=self.config.seed, temperature=0.8,
+        answers = answer(model, self.tokenizer, self.chat, self.turns, seed=self.config.seed, temperature=0.8,
                          top_p=0.95, max_new_tokens=self.config.max_new_tokens, batch_size=64)
         forget_gathered_weights(model)
         answers = [texts[0] for texts in answers]
-        turns = [as_messages(p) for p in self.prompts]
-        return answers, from_rank_0(lambda: [float(self.score(t, a)) for t, a in zip(turns, answers)])
+        return answers, from_rank_0(lambda: [float(self.score(t, a)) for t, a in zip(self.turns, answers)])
 
     def keep(self, output, step, answers, scores):
         """Writes the answers to answers-NNNNNN.jsonl in the run folder."""
-        rows = ({"prompt": p, "answer": a, "score": s} for p, a, s in zip(self.prompts, answers, scores))
-        write_whole(output / f"answers-{step:06d}.jsonl",
-                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        finite = [score if math.isfinite(score) else None for score in scores]
+        write_rows(output / f"answers-{step:06d}.jsonl",
+                   ({"prompt": p, "answer": a, "score": s} for p, a, s in zip(self.prompts, answers, finite)))
 
     def show_change(self, output, step):
         """Prints how the answers of a step differ from those of step 0."""
@@ -387,7 +399,8 @@ class Judge:
         if [b["prompt"] for b in before] != self.prompts:
             print("         step 0 was judged by other prompts; there is nothing to compare with")
             return
-        changed = [(b, a) for b, a in zip(before, after) if b["answer"] != a["answer"]]
+        changed = [(b, a) for b, a in zip(before, after)
+                   if b["answer"] != a["answer"] and None not in (b["score"], a["score"])]
         say(f"         {sum(a['score'] > b['score'] for b, a in changed)} answers score higher than at step 0, "
             f"{sum(a['score'] < b['score'] for b, a in changed)} lower; the first four that changed:")
         for b, a in changed[:4]:
@@ -414,20 +427,21 @@ def tokenised_pairs(config, files, chat):
     """load_pairs, once: of large files what comes out is kept in config.cache under a hash of all that goes in, and
     all ranks of a node read it there. What is small every rank does for itself."""
     limits = config.max_length, config.max_prompt_length
+    flags = {"skip_bad_lines": config.skip_bad_lines, "as_it_stands": config.as_it_stands}
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file")
     if not config.cache or sum(os.path.getsize(file) for file in files) < CACHE_BYTES:
-        return load_pairs(files, chat, *limits)
-    sources = ("data/preference.py", "tokenizer.py")
+        return load_pairs(files, chat, *limits, **flags)
+    sources = ("data/files.py", "data/dialogues.py", "data/preference.py", "tokenizer.py")
     tokenizer_files = [f for pattern in COPIED_FILES for f in sorted(Path(config.model).glob(pattern)) if f.is_file()]
     key = content_hash([*files, *tokenizer_files, *(ROOT / s for s in sources)], files, type(chat).__name__, chat.date,
-                       limits)
+                       limits, flags)
     kept = Path(config.cache) / f"{key[:32]}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not kept.exists():
         workers = len(os.sched_getaffinity(0))
         say(f"data     {', '.join(files)}: tokenising in {workers} processes")
-        keep_pairs(kept, *load_pairs(files, chat, *limits, workers=workers))
+        keep_pairs(kept, *load_pairs(files, chat, *limits, workers, **flags))
     dist.barrier()
     say(f"data     tokens are kept in {kept}")
     return read_kept_pairs(kept)
@@ -495,6 +509,9 @@ def run(config, device):
         dropped.update({f"{reason} (held out)": n for reason, n in dropped_held_out.items()})
     else:
         pairs, held_out = hold_out(pairs, config.eval_pairs, config.seed)
+        if len(held_out) < config.eval_pairs:
+            say(f"data     {len(held_out)} pairs are held out, not {config.eval_pairs}: pairs of one prompt stay together, and "
+                "no prompt that is left has as few as are missing")
     steps = [step for epoch in range(config.epochs)
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
@@ -650,7 +667,7 @@ def start(argv):
         status = 128 + signal.SIGINT
     except SystemExit as e:
         status = e.code
-    except Exception as e:
+    except BaseException as e:      # a panic in a library is no Exception
         status = 1
         if first_to_fail(store):
             message = str(e)

@@ -11,7 +11,6 @@ dropped here; empty, identical and too long answers are when train.py reads the 
 its mean score, for best and worst alike: answers on which scorers disagree are chosen less often and rejected more.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -21,7 +20,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)   # the project's root and not data/, for its modules
 
-from data.preference import Dropped, best_against_worst, read_jsonl
+from data.dialogues import as_messages, same_turns
+from data.files import Dropped, read_rows, write_rows
+from data.preference import best_against_worst
 
 
 def cautious_scores(row, uncertainty):
@@ -36,28 +37,27 @@ def cautious_scores(row, uncertainty):
     return [statistics.fmean(s) - uncertainty * statistics.pstdev(s) for s in zip(*scores)]
 
 
-def make_pair(row, min_gap=0.0, uncertainty=0.0):
-    """The pair of one line of scored answers, as a dict. ValueError if malformed, Dropped if it is not to be used."""
+def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
+    """The pair of one row of scored answers, as a dict. ValueError if malformed, Dropped if it is not to be used."""
     if uncertainty:
         row = row | {"all_rm_scores": cautious_scores(row, uncertainty)}
-    _, best, worst = best_against_worst(row)
+    turns, best, worst = best_against_worst(row, as_it_stands)
     answers, scores = row["all_generated_responses"], row["all_rm_scores"]
     if scores[best] - scores[worst] < min_gap:
         raise Dropped(f"gap under min_gap = {min_gap:g}")
-    return {"prompt": row["prompt"], "chosen": answers[best], "rejected": answers[worst], "chosen_score": scores[best],
+    # The prompt as it was given, unless columns (system, history) add to it: the pair holds none of them.
+    prompt = row["prompt"] if same_turns(as_messages(row["prompt"]), turns) else turns
+    return {"prompt": prompt, "chosen": answers[best], "rejected": answers[worst], "chosen_score": scores[best],
             "rejected_score": scores[worst]}
 
 
-def make_pairs(path, min_gap=0.0, uncertainty=0.0):
-    """(pairs, dropped) of a JSON Lines file; dropped counts what was left out, by reason. ValueError names the line."""
-    pairs, dropped = [], Counter()
-    for source, row in read_jsonl(path):
-        try:
-            pairs.append(make_pair(row, min_gap, uncertainty))
-        except Dropped as reason:
-            dropped[str(reason)] += 1
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
+def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_stands=False):
+    """(pairs, dropped) of a file of rows; dropped counts what was left out, by reason. ValueError names the bad lines."""
+    def use(row, source):
+        return make_pair(row, min_gap, uncertainty, as_it_stands)
+
+    dropped = Counter()
+    pairs = [pair for _, pair in read_rows([path], use, dropped, skip_bad_lines)]
     if not pairs:
         reasons = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the file is empty"
         raise ValueError(f"{path}: no pairs left to write ({reasons})")
@@ -66,11 +66,13 @@ def make_pairs(path, min_gap=0.0, uncertainty=0.0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input", required=True, help="JSON Lines of scored answers, as data/score.py writes them")
+    parser.add_argument("--input", required=True, help="file of scored answers, as data/score.py writes it")
     parser.add_argument("--output", required=True, help="JSON Lines file of pairs to write")
     parser.add_argument("--min_gap", type=float, default=0.0, help="drop pairs whose scores differ by less")
     parser.add_argument("--uncertainty", type=float, default=0.0, metavar="K",
                         help="standard deviations between scorers that are taken off a score")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="drop and count bad lines instead of stopping")
+    parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
     args = parser.parse_args(argv)
     for name in ("min_gap", "uncertainty"):
         if not 0 <= getattr(args, name) < math.inf:
@@ -78,10 +80,9 @@ def main(argv=None):
     if Path(args.input).resolve() == Path(args.output).resolve():
         raise ValueError(f"{args.output}: input and output are one file; expected two")
 
-    pairs, dropped = make_pairs(args.input, args.min_gap, args.uncertainty)
-    with open(args.output, "w", encoding="utf-8") as f:
-        for pair in pairs:
-            print(json.dumps(pair, ensure_ascii=False), file=f)
+    pairs, dropped = make_pairs(args.input, args.min_gap, args.uncertainty, args.skip_bad_lines,
+                                args.as_it_stands)
+    write_rows(args.output, pairs)
     mean = statistics.fmean
     chosen, rejected = (mean(p[f"{which}_score"] for p in pairs) for which in ("chosen", "rejected"))
     print(f"pairs    {len(pairs)} in {args.output}; {sum(dropped.values())} dropped"

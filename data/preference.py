@@ -1,28 +1,26 @@
-"""Preference pairs: from JSON Lines to tokens, from tokens to packed rows.
+"""Preference pairs: from rows of files to tokens, from tokens to packed rows.
 
     pairs, dropped = load_pairs(["pairs.jsonl"], chat, max_length=2048, max_prompt_length=1800)
     for step in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
         for row in pack([pairs[i] for i in step], tokens_per_row=8192): ...
 
-A line of a file is one of
+A row of a file (data/files.py) is one of
     {"prompt": "...", "chosen": "...", "rejected": "..."}                                   three strings
     {"prompt": "..." or [turns], "chosen": [turns], "rejected": [turns]}                    message lists
     {"chosen": [turns], "rejected": [turns]}                                                the prompt inside them
     {"prompt": "..." or [turns], "all_generated_responses": [...], "all_rm_scores": [...]}  best against worst
-where a turn is {"role": "system" | "user" | "assistant", "content": "..."}; other fields are left alone.
-A line that is none of them stops with file and line. A pair that cannot teach or does not fit is dropped and counted;
-nothing is ever cut.
+where a turn is {"role": "system" | "user" | "assistant", "content": "..."}. Beside chosen and rejected the prompt may be
+called instruction (with or without input) or question. Columns that change it, `system` and `history`, are used; what is
+no text, as tools and images, is refused by name (data/dialogues.py); other fields are left alone.
+A row that is none of them is a bad line, named by file and line. A pair that cannot teach or does not fit is dropped and
+counted; nothing is ever cut.
 """
 import hashlib
 import heapq
-import itertools
 import json
 import math
-import multiprocessing
-import os
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,13 +29,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from data.dialogues import (as_messages, checked_text, checked_turns, end_mark, prompt_turns, refuse_more_than_text,
+                            same_turns, with_system)
+from data.files import Dropped, read_rows, written_whole
+
+PROMPT_FIELDS = ("prompt", "instruction", "question")       # beside chosen and rejected; the first one that is there
+
 
 @dataclass
 class PreferencePair:
     prompt: np.ndarray     # int32 ids; ends where a response starts
     chosen: np.ndarray     # with its one end token
     rejected: np.ndarray
-    source: str            # file:line
+    source: str            # file:line, or file: item N
     ref_logps: tuple[float, float] = (math.nan, math.nan)    # DPO only: summed log-probs under the starting model
 
     def __len__(self):
@@ -54,64 +58,22 @@ class PackedPairs:
     indices: list[int]                      # of the pairs in what was packed; empty: the row does not count (see pack)
 
 
-class Dropped(Exception):
-    """A pair that is well-formed but not used; the message is the reason that is counted."""
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-def read_jsonl(path):
-    """Yields ("file:line", object) of a JSON Lines file. ValueError names the line. Empty lines are passed over."""
-    for source, line in read_lines(path):
-        yield source, parse_line(source, line)
-
-
-def read_lines(path):
-    """Yields ("file:line", text) of the lines of a file that are not empty."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-
-
-def parse_line(source, line):
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{source}: not valid JSON ({e})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{source}: expected a JSON object, found {line.strip()[:60]}")
-    return row
-
-
-def as_messages(prompt):
-    """A prompt as a list of turns: a string is one user turn."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"prompt is {prompt!r:.80}; expected a string or a non-empty list of turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"turn {turn!r:.80}; expected an object with a string role and a string content")
-    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
-
-
-def as_answers(row):
-    """(prompt turns, answers) of a line of sampled answers. ValueError if malformed."""
-    if "prompt" not in row:
+def as_answers(row, as_it_stands=False):
+    """(prompt turns, answers) of a row of sampled answers. ValueError if malformed."""
+    if row.get("prompt") is None:
         raise ValueError("no field prompt beside all_generated_responses")
     answers = row.get("all_generated_responses")
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise ValueError("all_generated_responses; expected a list of strings")
-    return as_messages(row["prompt"]), answers
+    return prompt_turns(row, "prompt", as_it_stands), answers
 
 
-def best_against_worst(row):
-    """(prompt turns, index of the best answer, index of the worst) of a line of scored answers. ValueError if
+def best_against_worst(row, as_it_stands=False):
+    """(prompt turns, index of the best answer, index of the worst) of a row of scored answers. ValueError if
     malformed, Dropped for a tie."""
-    prompt, answers = as_answers(row)
+    prompt, answers = as_answers(row, as_it_stands)
     scores = row.get("all_rm_scores")
     if not isinstance(scores, list) or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
         raise ValueError("all_rm_scores; expected a list of finite numbers")
@@ -122,52 +84,77 @@ def best_against_worst(row):
     return prompt, scores.index(max(scores)), scores.index(min(scores))
 
 
-def parse_row(row):
-    """(prompt turns, chosen text, rejected text) of one line. ValueError if malformed, Dropped for a tie."""
+def parse_row(row, as_it_stands=False):
+    """(prompt turns, chosen text, rejected text) of one row, white space as it is there. ValueError if malformed, Dropped
+    for a tie."""
     if "chosen" in row and "rejected" in row:
-        before, chosen = _split_answer(row["chosen"], "chosen")
-        before_rejected, rejected = _split_answer(row["rejected"], "rejected")
-        if before != before_rejected:
-            raise ValueError("chosen and rejected differ before their last turn; expected one prompt for both")
-        if "prompt" not in row and not before:
-            raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the other to hold "
-                             "the prompt")
-        prompt = as_messages(row["prompt"]) if "prompt" in row else before
-        if before and prompt != before:
-            # Some sets repeat a single turn of the dialogue as the prompt; the dialogue itself is what is answered.
-            if not isinstance(row["prompt"], str) or prompt[0] not in before:
-                raise ValueError("field prompt differs from the turns before the answer in chosen")
-            prompt = before
-        return prompt, chosen, rejected
-
+        return _parse_pair(row, as_it_stands)
     if "all_generated_responses" in row and "all_rm_scores" in row:
-        prompt, best, worst = best_against_worst(row)
+        prompt, best, worst = best_against_worst(row, as_it_stands)
         return prompt, row["all_generated_responses"][best], row["all_generated_responses"][worst]
-
     raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or all_generated_responses and "
                      "all_rm_scores")
 
 
-def _split_answer(value, field):
+def _parse_pair(row, as_it_stands):
+    prompt, chosen, rejected = _prompt_and_answers(row, as_it_stands)
+    mark = end_mark(chosen)
+    if mark and mark == end_mark(rejected) and not as_it_stands:
+        raise ValueError(f"chosen and rejected end with {mark}; expected bare text, for the model's own chat format "
+                         "adds its end token. Take it off, or --as_it_stands takes the texts as they stand")
+    return prompt, chosen, rejected
+
+
+def _prompt_and_answers(row, as_it_stands):
+    refuse_more_than_text(row, "the row")
+    before, chosen = _split_answer(row["chosen"], "chosen", as_it_stands)
+    before_rejected, rejected = _split_answer(row["rejected"], "rejected", as_it_stands)
+    if not same_turns(before, before_rejected):
+        raise ValueError("chosen and rejected differ before their last turn; expected one prompt for both")
+    field = next((name for name in PROMPT_FIELDS if row.get(name) is not None), None)
+    if field is None and not before:
+        raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the other to hold "
+                         "the prompt")
+    if before:
+        before = checked_turns(with_system(before, row), "chosen", as_it_stands)
+    if field is None:
+        return before, chosen, rejected
+    prompt = prompt_turns(row, field, as_it_stands)
+    if not before:
+        return prompt, chosen, rejected
+    # Some sets repeat a single turn of the dialogue as the prompt; the dialogue itself is what is answered.
+    repeats_a_turn = isinstance(row[field], str) and any(same_turns(prompt[-1:], [turn]) for turn in before)
+    if not repeats_a_turn and not same_turns(prompt, before):
+        raise ValueError(f"field {field} differs from the turns before the answer in chosen")
+    return before, chosen, rejected
+
+
+def _split_answer(value, field, as_it_stands):
     """(turns before the answer, the answer) of a string or a list of turns."""
     if isinstance(value, str):
-        return [], value
+        return [], checked_text(value, field, as_it_stands)
     if not isinstance(value, list):
         raise ValueError(f"{field} is {value!r:.80}; expected a string or a list of turns")
-    turns = as_messages(value)
+    turns = as_messages(value, field)
     if turns[-1]["role"] != "assistant":
         raise ValueError(f"{field} ends with a turn of {turns[-1]['role']!r}; expected 'assistant'")
     return turns[:-1], turns[-1]["content"]
 
 
-def encode_pair(row, source, chat, max_length, max_prompt_length):
-    """The PreferencePair of one line. max_length bounds the prompt with either response, as a sequence of its own."""
-    prompt, chosen, rejected = parse_row(row)
+def encode_pair(row, source, chat, max_length, max_prompt_length, as_it_stands=False):
+    """The PreferencePair of one row. max_length bounds the prompt with either response, as a sequence of its own.
+    ValueError if malformed, Dropped if it cannot teach or does not fit."""
+    prompt, chosen, rejected = parse_row(row, as_it_stands)
+    if not prompt[-1]["content"].strip():
+        raise Dropped("an empty prompt")
     if not chosen.strip() or not rejected.strip():
         raise Dropped("an empty answer")
     ids = [chat.encode_prompt(prompt), chat.encode_response(chosen), chat.encode_response(rejected)]
     if ids[1] == ids[2]:
-        raise Dropped("identical answers")
+        # What is stripped of an answer is the chat format's decision: another one may keep this pair.
+        stripped = chosen != rejected and chosen.strip() == rejected.strip()
+        raise Dropped("answers that differ only in white space, which the chat format strips" if stripped
+                      else "identical answers")
     if len(ids[0]) > max_prompt_length:
         raise Dropped(f"prompt over max_prompt_length = {max_prompt_length}")
     if len(ids[0]) + max(len(ids[1]), len(ids[2])) > max_length:
@@ -175,32 +162,16 @@ def encode_pair(row, source, chat, max_length, max_prompt_length):
     return PreferencePair(*(np.array(x, dtype=np.int32) for x in ids), source)
 
 
-def encode_line(line, chat, max_length, max_prompt_length):
-    """The PreferencePair of ("file:line", text), or the reason why it is dropped. ValueError names file:line."""
-    source, text = line
-    row = parse_line(source, text)
-    try:
-        return encode_pair(row, source, chat, max_length, max_prompt_length)
-    except Dropped as reason:
-        return str(reason)
-    except ValueError as e:
-        raise ValueError(f"{source}: {e}") from None
-
-
-def load_pairs(files, chat, max_length, max_prompt_length, workers=1):
-    """(pairs, dropped) of JSON Lines files; dropped counts what was left out, by reason. ValueError names file:line.
-    More than one worker: processes forked for it."""
-    lines = itertools.chain.from_iterable(map(read_lines, files))
-    encode = partial(encode_line, chat=chat, max_length=max_length, max_prompt_length=max_prompt_length)
+def load_pairs(files, chat, max_length, max_prompt_length, workers=1, skip_bad_lines=False, as_it_stands=False):
+    """(pairs, dropped) of files of rows; dropped counts what was left out, by reason. ValueError names the bad lines by
+    file and line, unless they are to be skipped. workers > 1: rows are tokenised in as many forked processes."""
+    encode = partial(encode_pair, chat=chat, max_length=max_length, max_prompt_length=max_prompt_length,
+                     as_it_stands=as_it_stands)
     pairs, dropped, began = [], Counter(), time.time()
-    with multiprocessing.get_context("fork").Pool(workers) if workers > 1 else nullcontext() as pool:
-        for n, result in enumerate(pool.imap(encode, lines, chunksize=256) if pool else map(encode, lines), 1):
-            if isinstance(result, str):
-                dropped[result] += 1
-            else:
-                pairs.append(result)
-            if n % 10_000 == 0:
-                print(f"data     {n} lines tokenised in {time.time() - began:.0f} s", flush=True)
+    for _, pair in read_rows(files, encode, dropped, skip_bad_lines, workers):
+        pairs.append(pair)
+        if len(pairs) % 10_000 == 0:
+            print(f"data     {len(pairs)} pairs tokenised in {time.time() - began:.0f} s", flush=True)
     if not pairs:
         reasons = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the files are empty"
         raise ValueError(f"{', '.join(map(str, files))}: no pairs left to use ({reasons})")
@@ -219,17 +190,23 @@ def content_hash(files, *others):
 
 
 def keep_pairs(path, pairs, dropped):
-    """Writes pairs to a file for `read_kept_pairs`: all tokens in a row, lengths, and where they came from."""
-    files = list(dict.fromkeys(pair.source.rpartition(":")[0] for pair in pairs))
+    """Writes pairs to a file for `read_kept_pairs`: all tokens in a row, lengths, and where they came from. OSError that
+    names the file if it cannot be written whole."""
+    files = {}                  # "pairs.jsonl:" or "pairs.json: item ", and its number
+    places = []
+    for pair in pairs:
+        file = pair.source.rstrip("0123456789")
+        places.append((files.setdefault(file, len(files)), int(pair.source[len(file):])))
     tensors = {
         "tokens": np.concatenate([ids for p in pairs for ids in (p.prompt, p.chosen, p.rejected)]),
         "lengths": np.array([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs], dtype=np.int32),
-        "places": np.array([(files.index(file), int(number)) for file, _, number in
-                            (p.source.rpartition(":") for p in pairs)], dtype=np.int32)}
+        "places": np.array(places, dtype=np.int32)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(tensors, writing, metadata={"files": json.dumps(files), "dropped": json.dumps(dropped)})
-    writing.replace(path)
+    with written_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"files": json.dumps(list(files)), "dropped": json.dumps(dropped)})
+        except SafetensorError as e:
+            raise OSError(f"{e}; make room, or name a cache folder on another disk") from e
 
 
 def read_kept_pairs(path):
@@ -241,7 +218,7 @@ def read_kept_pairs(path):
     except SafetensorError as e:
         raise ValueError(f"{path}: damaged ({e}); delete it, and the pairs are tokenised again") from None
     parts = np.split(tokens, lengths.ravel().cumsum()[:-1])
-    pairs = [PreferencePair(*parts[3 * i:3 * i + 3], f"{files[file]}:{number}")
+    pairs = [PreferencePair(*parts[3 * i:3 * i + 3], f"{files[file]}{number}")
              for i, (file, number) in enumerate(places.tolist())]
     return pairs, Counter(dropped)
 
@@ -249,10 +226,22 @@ def read_kept_pairs(path):
 # --- order and packing ------------------------------------------------------------------------------------------------
 
 def hold_out(pairs, n, seed):
-    """(training pairs, n held-out pairs), drawn by seed; both keep the order of the files."""
+    """(training pairs, held-out pairs), drawn by seed; both keep the order of the files. Pairs of one prompt stay on one
+    side. Prompts are drawn until n pairs are held out; one whose pairs would make it more than n is passed over, so that
+    where prompts repeat it may be fewer."""
     if not 0 <= n < len(pairs):
         raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs")
-    held = set(np.random.default_rng(seed).permutation(len(pairs))[:n].tolist())
+    of_prompt = {}
+    for i, pair in enumerate(pairs):
+        of_prompt.setdefault(pair.prompt.tobytes(), []).append(i)
+    held = set()
+    for i in np.random.default_rng(seed).permutation(len(pairs)).tolist():
+        together = of_prompt[pairs[i].prompt.tobytes()]
+        if i not in held and len(held) + len(together) <= n:
+            held.update(together)
+    if n and not held:
+        raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs: every prompt has more of them, and pairs of one prompt "
+                         "stay together; raise eval_pairs")
     return [p for i, p in enumerate(pairs) if i not in held], [p for i, p in enumerate(pairs) if i in held]
 
 

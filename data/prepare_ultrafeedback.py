@@ -10,7 +10,6 @@ instead. Writes train.jsonl and test.jsonl into data/NAME (or --output): the fie
 the starting model with their scores, and the pair that was made of them, which is what is trained on.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)     # and not data/, for the project's modules
 
-from data.preference import Dropped, best_against_worst, parse_row
+from data.files import Dropped, write_rows
+from data.preference import best_against_worst, parse_row
 
 SETS = ("llama3-ultrafeedback-armorm", "llama3-ultrafeedback", "mistral-instruct-ultrafeedback")
 FIELDS = ("prompt_id", "prompt", "all_generated_responses", "all_rm_scores", "chosen", "rejected")
@@ -30,12 +30,13 @@ def convert(row):
     if missing := [name for name in FIELDS if name not in row]:
         raise ValueError(f"no column {', '.join(missing)}; found {', '.join(row)}")
     row = {name: row[name] for name in FIELDS}
-    _, *pair = parse_row(row)
+    _, *pair = parse_row(row, as_it_stands=True)        # what train.py would refuse it refuses there
     try:
-        _, best, worst = best_against_worst(row)
+        _, best, worst = best_against_worst(row, as_it_stands=True)
     except Dropped:
         return row, False
-    return row, pair == [row["all_generated_responses"][i].strip() for i in (best, worst)]
+    expected = [row["all_generated_responses"][i] for i in (best, worst)]
+    return row, [text.strip() for text in pair] == [text.strip() for text in expected]
 
 
 def main(argv=None):
@@ -53,16 +54,16 @@ def main(argv=None):
     folder = Path(args.output or ROOT / "data" / Path(args.source).resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        n = others = 0
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as f:
-            for n, row in enumerate(splits[split], 1):
-                try:
-                    line, agrees = convert(row)
-                except ValueError as e:
-                    raise ValueError(f"{name}, {split}, row {n}: {e}") from None
-                others += not agrees
-                print(json.dumps(line, ensure_ascii=False), file=f)
-        print(f"{folder / split}.jsonl: {n} lines"
+        lines, others = [], 0
+        for n, row in enumerate(splits[split], 1):
+            try:
+                line, agrees = convert(row)
+            except ValueError as e:
+                raise ValueError(f"{name}, {split}, row {n}: {e}") from None
+            others += not agrees
+            lines.append(line)
+        write_rows(folder / f"{split}.jsonl", lines)
+        print(f"{folder / split}.jsonl: {len(lines)} lines"
               + (f"; in {others} the pair is not the best answer against the worst by score, and kept as published"
                  if others else ""))
 

@@ -4,55 +4,51 @@
     {"instruction": "...", "dataset": "..."}     AlpacaEval 2: a JSON array of dataset, instruction, output, generator
     {"question_id": "...", "turns": [one turn]}  Arena-Hard (v0.1): its JSON Lines of answers, one choice a sample
 
-Prompts are JSON Lines, or one JSON array, as AlpacaEval's file is. A line that is none of these stops with its place.
+Prompts are a file of rows (data/files.py). A row that is none of these is a bad line.
 """
 import hashlib
 import json
 import time
-from pathlib import Path
 
-from data.preference import as_messages, parse_line, read_lines
+from data.dialogues import as_messages, checked_turns, prompt_turns
+from data.files import Dropped, read_rows
 
 
-def read_prompts(path, encode):
+def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False):
     """(shape, rows, prompts) of a file: one shape for all, objects as read, and encode(turns to be answered) of each.
-    ValueError names the line."""
-    lines = list(read_lines(path))
-    if lines and lines[0][1].lstrip().startswith("["):
-        try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}: not a valid JSON array ({e})") from None
-        lines = [(f"{path}: item {i + 1}", json.dumps(row)) for i, row in enumerate(rows)]
-    found, shapes = [], {}
-    for source, line in lines:
-        row = parse_line(source, line)
-        try:
-            shape, turns = prompt_of(row)
-            found.append((row, encode(turns)))
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
-        shapes.setdefault(shape, source)
-        if len(shapes) > 1:
-            raise ValueError(f"{source}: of the shape {shape}; expected {next(iter(shapes))}, as before")
+    Empty prompts are dropped and counted. ValueError names the bad lines; one that encode raises makes a bad line too."""
+    shapes = {}         # the first one counts
+
+    def prompt_to_answer(row, source):
+        shape, turns = prompt_of(row, as_it_stands)
+        if not turns[-1]["content"].strip():
+            raise Dropped("an empty prompt")
+        prompt = encode(turns)
+        shapes.setdefault(shape)
+        first = next(iter(shapes))
+        if shape != first:
+            raise ValueError(f"of the shape {shape}; expected {first}, as before")
+        return row, prompt
+
+    found = [pair for _, pair in read_rows([path], prompt_to_answer, dropped, skip_bad_lines)]
     if not found:
         raise ValueError(f"{path}: no prompts")
-    return shape, [row for row, _ in found], [prompt for _, prompt in found]
+    return next(iter(shapes)), [row for row, _ in found], [prompt for _, prompt in found]
 
 
-def prompt_of(row):
+def prompt_of(row, as_it_stands=False):
     """(shape, turns to answer) of one object."""
     if "prompt" in row:
-        return "responses", as_messages(row["prompt"])
+        return "responses", prompt_turns(row, "prompt", as_it_stands)
     if isinstance(row.get("instruction"), str):
         if row.get("input"):
             raise ValueError("instruction with an input; expected all of the prompt in instruction, as in AlpacaEval")
-        return "alpaca_eval", as_messages(row["instruction"])
+        return "alpaca_eval", prompt_turns(row, "instruction", as_it_stands)
     if "question_id" in row and "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
             raise ValueError(f"turns is {turns!r:.80}; expected a list of one object, the question")
-        return "arena_hard", as_messages([{"role": "user"} | turns[0]])
+        return "arena_hard", checked_turns(as_messages([{"role": "user"} | turns[0]], "turns"), "turns", as_it_stands)
     raise ValueError(f"fields {sorted(row)}; expected prompt, or instruction (AlpacaEval), or question_id and turns "
                      "(Arena-Hard)")
 

@@ -11,17 +11,21 @@ the system turn, a newline after the end token), so do the scores.
 
 Several scorers may be given. `all_rm_scores` is then their mean, and `all_scorer_scores` holds the list of each one,
 judges first. Nothing is rescaled: next to scores from 0 to 100 those from 0 to 1 do not count, so the end of a run
-prints every scorer's mean and spread. `scorers` names them; an output that the same scorers began is gone on with.
+prints every scorer's mean and spread. `scorers` names them. Lines go to OUTPUT.partial, which gets its name once it is
+whole; what the same scorers began there, or in OUTPUT itself, is gone on with.
 """
 import argparse
 import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -32,7 +36,8 @@ import torch.nn.functional as F
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)   # the project's root and not data/, for its modules
 
-from data.preference import as_answers, parse_line, read_jsonl
+from data.files import parse_line, read_rows, written_whole
+from data.preference import as_answers
 from model import Transformer, causal_attention, checkpoint_tensors, load_model
 from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
@@ -179,76 +184,109 @@ def reward_scorer(folder, chat_format=None):
         raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; {chat.source} "
                          "ends it otherwise")
 
-    def score(turns, answers):
-        prompt, rows = chat.encode_prompt(turns), [[]]
-        for i, ids in enumerate(map(chat.encode_response, answers), 1):
-            if len(prompt) + len(ids) > longest:
-                raise ValueError(f"prompt and answer {i} have {len(prompt) + len(ids)} tokens, more than the {longest} "
+    def encode(turns, answers):
+        prompt, ids = chat.encode_prompt(turns), [*map(chat.encode_response, answers)]
+        for i, answer in enumerate(ids, 1):
+            if len(prompt) + len(answer) > longest:
+                raise ValueError(f"prompt and answer {i} have {len(prompt) + len(answer)} tokens, more than the {longest} "
                                  f"positions of {folder}; leave the answer out")
+        return prompt, ids
+
+    def score(turns, answers):
+        prompt, answers = encode(turns, answers)
+        rows = [[]]
+        for ids in answers:
             if rows[-1] and len(prompt) + sum(map(len, rows[-1])) + len(ids) > TOKENS_PER_ROW:
                 rows.append([])
             rows[-1].append(ids)
         return torch.cat([rewards(model, prompt, row) for row in rows]).tolist()
+
+    score.check = encode        # ValueError for what is too long, before anything is scored
     return score
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-def read_answers(path):
-    """Yields ("file:line", line, prompt turns, answers) of a JSON Lines file. ValueError names the line."""
-    for source, row in read_jsonl(path):
-        try:
-            turns, answers = as_answers(row)
-            if not answers:
-                raise ValueError("all_generated_responses is empty; expected an answer or more")
-        except ValueError as e:
-            raise ValueError(f"{source}: {e}") from None
-        yield source, row, turns, answers
+def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_stands=False):
+    """Yields ("file:line", row, prompt turns, answers) of a file of rows. ValueError names the bad lines; one whose answer
+    is too long for a scorer is one of them."""
+    def answers_to_score(row, source):
+        turns, answers = as_answers(row, as_it_stands)
+        if not answers:
+            raise ValueError("all_generated_responses is empty; expected an answer or more")
+        for scorer in scorers:
+            if hasattr(scorer, "check"):
+                scorer.check(turns, answers)
+        return row, turns, answers
+
+    for source, found in read_rows([path], answers_to_score, dropped, skip_bad_lines):
+        yield source, *found
 
 
 def scored_before(path, lines, names):
-    """How many of `lines` (of read_answers, whose iterator moves on) an output that is begun holds already. A last line
-    that was cut short is taken off. ValueError if the output is of other answers or scorers."""
+    """(how many of `lines` a file holds already, its bytes up to there). `lines` is an iterator of read_answers, which
+    moves on; a last line that was cut short does not count. ValueError if it holds other answers or scorers."""
     done, size = 0, 0
-    if not Path(path).exists():
-        return 0
+    if not path.exists():
+        return done, size
     with open(path, "rb") as f:
         for text in f:
-            if done and not text.endswith(b"\n"):
+            if not text.endswith(b"\n") and (done or path.suffix == ".partial"):
                 break
             found = parse_line(f"{path}:{done + 1}", text)
             source, row, *_ = next(lines, ("no more lines", {}))
-            wanted = {"scorers": names} | {k: row.get(k) for k in ("prompt", "all_generated_responses")}
+            what_was_scored = ("prompt", "system", "history", "all_generated_responses")
+            wanted = {"scorers": names} | {k: row.get(k) for k in what_was_scored}
             if any(found.get(k) != v for k, v in wanted.items()):
                 raise ValueError(f"{path}:{done + 1}: found another line than {source} scored by {', '.join(names)}; "
                                  "expected a new file, or one that the same call began")
             done, size = done + 1, size + len(text)
-    os.truncate(path, size)
-    return done
+    return done, size
+
+
+def begin_output(output, lines, names):
+    """(the file to append to, how many of `lines` it holds): OUTPUT.partial, which begins as what there is of OUTPUT."""
+    output, begun = Path(output), Path(f"{output}.partial")
+    done, size = scored_before(begun if begun.exists() else output, lines, names)
+    if done and not begun.exists():
+        with written_whole(begun) as temporary:
+            shutil.copyfile(output, temporary)
+    if begun.exists():
+        os.truncate(begun, size)
+    return begun, done
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input", required=True, help="JSON Lines of answers, as generate.py writes them")
+    parser.add_argument("--input", required=True, help="file of answers, as generate.py writes it")
     parser.add_argument("--output", required=True, help="JSON Lines file to write or to go on with")
     parser.add_argument("--judge", nargs="+", default=[], metavar="FILE.py:FUNCTION")
     parser.add_argument("--reward_model", nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="of reward models; if not given as their files say")
+    parser.add_argument("--skip_bad_lines", action="store_true",
+                        help="drop and count bad lines, and those with answers too long to score, instead of stopping")
+    parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
     args = parser.parse_args(argv)
     if not args.judge and not args.reward_model:
         parser.error("give --judge, --reward_model or both")
 
-    total = sum(1 for _ in read_answers(args.input))        # a malformed line is found now and not in an hour
+    read = partial(read_answers, args.input, skip_bad_lines=args.skip_bad_lines, as_it_stands=args.as_it_stands)
+    for _ in read():        # bad lines are found now, and not when all models are loaded
+        pass
     scorers = [judge_scorer(name) for name in args.judge]
     scorers += [reward_scorer(folder, args.chat_format) for folder in args.reward_model]
     names = [Path(name).name for name in args.judge] + [Path(folder).resolve().name for folder in args.reward_model]
-    lines = read_answers(args.input)
-    done = scored_before(args.output, lines, names)
+    dropped = Counter()
+    total = sum(1 for _ in read(scorers, dropped))          # and answers that are too long not in an hour
+    for reason, n in dropped.most_common():
+        print(f"{args.input}: {n} dropped: {reason}", flush=True)
+    lines = read(scorers)
+    begun, done = begin_output(args.output, lines, names)
     if done:
         print(f"{args.output}: {done} of {total} lines are scored already")
 
     scores, stale, began, told = [[] for _ in scorers], 0, time.time(), time.time()
-    with open(args.output, "a", encoding="utf-8") as f:
+    with open(begun, "a", encoding="utf-8") as f:
         for n, (source, row, turns, answers) in enumerate(lines, 1):
             try:
                 new = [scorer(turns, answers) for scorer in scorers]
@@ -271,6 +309,7 @@ def main(argv=None):
                 told, rate = time.time(), n / (time.time() - began)
                 print(f"{done + n}/{total} prompts  {rate:.2f} prompts/s  {(total - done - n) / rate / 60:.0f} min left",
                       flush=True)
+    begun.replace(args.output)
     print(f"{args.output}: {total - done} lines scored in {time.time() - began:.0f} s"
           + (f"; {stale} had been scored or paired before, which is replaced" if stale else ""))
     for name, one in zip(names, scores):

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.preference import read_jsonl
+from data.files import read_jsonl, write_rows
 
 WAYS = {f"alpha = {a:g}": ("alphapo", a) for a in (-1, -0.25)} | {"SimPO (alpha = 0)": ("simpo", 0)} \
     | {f"alpha = {a:g}": ("alphapo", a) for a in (0.1, 0.25, 0.5, 1)} | {"DPO (beta = 0.01)": ("dpo", None)}
@@ -135,8 +135,7 @@ def main():
         with ThreadPoolExecutor(os.cpu_count()) as pool:     # each run has one thread
             for row in pool.map(lambda job: run(study, *job), [job for job in jobs if job not in done]):
                 rows.append(row)
-                with open(study.results, "a") as f:
-                    print(json.dumps(row), file=f)
+                write_rows(study.results, rows)
                 print(f"{row['label']:18} rate {row['learning_rate']:g} seed {row['seed']}: score {row['score']:.1f}, chosen "
                       f"{row['displacement_chosen']:+.3f}, KL {row['kl']:.4f}", flush=True)
 

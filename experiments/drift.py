@@ -15,7 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the project's root, for its modules
 
-from data.preference import as_messages, read_jsonl
+from data.dialogues import as_messages
+from data.files import read_jsonl
 from generate import generate
 from model import load_model
 from tokenizer import load_chat_format, load_tokenizer

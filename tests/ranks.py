@@ -20,6 +20,7 @@ import torch.distributed.checkpoint.state_dict
 from torch.distributed.tensor import DTensor
 
 import train
+from data import files, preference
 from model import save_model
 
 # The server that forks them starts as a program of its own and imports this file.
@@ -133,6 +134,27 @@ def small_disk(free):
 def small_files(size):
     """No file may grow beyond `size` bytes: what a disk that fills up while it is written to looks like."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def tokenising_fails(line, how):
+    """Data is tokenised in two workers and kept; at this line of it one is killed or panics, or the disk is full."""
+    class Panic(BaseException):         # as pyo3's PanicException: no Exception, and here not to be pickled either
+        pass
+
+    train.CACHE_BYTES = 1
+    files.LINES_PER_TASK = 8
+    os.sched_getaffinity = lambda pid: {0, 1}
+    whole = preference.encode_pair
+
+    def encode_pair(row, source, **others):
+        if source.endswith(f":{line}") and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if source.endswith(f":{line}") and how == "panics":
+            raise Panic("called `Option::unwrap()` on a `None` value")
+        return whole(row, source, **others)
+    preference.encode_pair = encode_pair
+    if how == "disk full":
+        small_files(4000)
 
 
 def save_gradients(config, path):

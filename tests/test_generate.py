@@ -376,7 +376,7 @@ def test_the_command_line_prints_answers(capsys):
 def test_an_error_is_one_line(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"promt": "?"}\n')
     done = subprocess.run([sys.executable, "generate.py", "--model", str(TINY), "--prompts", f"{tmp_path}/p.jsonl",
-                           "--output", f"{tmp_path}/a.jsonl"], cwd=ROOT, capture_output=True, text=True)
+                           "--output", f"{tmp_path}/a.jsonl", "--max_new_tokens", "30"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a.jsonl").exists()
 

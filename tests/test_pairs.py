@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from data import prepare_ultrafeedback
+from data.files import Dropped, read_jsonl
 from data.pairs import main, make_pair
-from data.preference import Dropped, parse_row, read_jsonl
+from data.preference import parse_row
 
 ROW = {"prompt": "q", "all_generated_responses": ["mid", "low", "high"], "all_rm_scores": [2.0, 1.0, 4.0]}
 # Means 3, 2, 4 and standard deviations 0, 1, 3: less one deviation 3, 1, 1; less two 3, 0, -2.

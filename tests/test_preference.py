@@ -63,7 +63,7 @@ def test_multi_turn_dialogues_keep_every_turn():
     turns = [{"role": "system", "content": "s"}, user(" first "), assistant("reply"), user("second")]
     row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")], "prompt": "first"}
     prompt, chosen, rejected = parse_row(row)
-    assert [t["content"] for t in prompt] == ["s", "first", "reply", "second"]
+    assert [t["content"] for t in prompt] == ["s", " first ", "reply", "second"]     # the format strips
     assert (chosen, rejected) == ("good", "bad")
 
 
@@ -76,7 +76,7 @@ def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
-    assert dropped == {"identical answers": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
+    assert dropped == {"answers that differ only in white space, which the chat format strips": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
                        "prompt with response over max_length = 100": 1, "all scores equal": 1}
 
 
@@ -97,7 +97,9 @@ BAD_ROWS = {
     "user last": {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
     "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
     "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
-    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, math.nan]},
+    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, "2"]},
+    "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q", "all_generated_responses": ["a", "b"],
+                                                         "all_rm_scores": [1, math.nan]},
     "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1], "all_rm_scores": [1, 2]},
 }
 
@@ -117,7 +119,7 @@ def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
     with pytest.raises(ValueError, match="absent.jsonl: cannot be read"):
         load_pairs([tmp_path / "absent.jsonl"], LetterChat(), 10, 10)
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(ValueError, match="latin.jsonl: cannot be read as UTF-8"):
+    with pytest.raises(ValueError, match="latin.jsonl:1: cannot be read as UTF-8"):
         load_pairs([tmp_path / "latin.jsonl"], LetterChat(), 10, 10)
 
 
@@ -208,6 +210,39 @@ def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     assert [*map(sources, hold_out(pairs, 0, seed=1))] == [sources(pairs), []]
     with pytest.raises(ValueError, match="cannot hold out 20 of 20"):
         hold_out(pairs, 20, seed=1)
+
+
+def test_where_prompts_are_unique_the_first_of_the_seeded_order_are_held_out():
+    pairs = make_pairs([(2, 1, 1)] * 50)
+    for n in (1, 7, 49):
+        expected = sorted(np.random.default_rng(3).permutation(50)[:n].tolist())
+        assert [int(p.source[2:]) for p in hold_out(pairs, n, seed=3)[1]] == expected
+
+
+def test_pairs_of_one_prompt_are_held_out_together_or_not_at_all():
+    sizes = [1, 5, 2, 3, 1, 4, 2, 2]
+    pairs = [PreferencePair(np.array([prompt]), np.array([1]), np.array([2]), f"f:{prompt}-{i}")
+             for prompt, size in enumerate(sizes) for i in range(size)]
+    prompts = lambda pairs: [p.prompt.item() for p in pairs]
+    drawn = set()
+    for n in range(1, len(pairs)):
+        for seed in range(20):
+            train, held_out = hold_out(pairs, n, seed)
+            assert not set(prompts(train)) & set(prompts(held_out)) and len(train) + len(held_out) == len(pairs)
+            assert train and 0 < len(held_out) <= n
+            # Fewer than n are held out only if every prompt that is left has more pairs than are missing.
+            assert all(sizes[prompt] > n - len(held_out) for prompt in set(prompts(train)))
+            drawn |= set(prompts(held_out)) if n == 5 else set()
+    assert drawn == set(range(8))
+    with pytest.raises(ValueError, match="cannot hold out 1 of 4 pairs: every prompt has more"):
+        hold_out(pairs[1:3] * 2, 1, seed=0)
+
+
+def test_pairs_of_arrays_and_lines_are_kept_with_their_places(tmp_path):
+    ids = np.array([1, 2], dtype=np.int32)
+    sources = ["a 7.json: item 1", "a 7.json: item 22", "b: 3.jsonl:4", "a 7.json: item 3"]
+    keep_pairs(tmp_path / "x.safetensors", [PreferencePair(ids, ids, ids, source) for source in sources], Counter())
+    assert [pair.source for pair in read_kept_pairs(tmp_path / "x.safetensors")[0]] == sources
 
 
 def test_a_damaged_file_of_kept_pairs_is_an_error_that_names_it(tmp_path):

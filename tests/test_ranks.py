@@ -465,6 +465,38 @@ def test_a_step_that_is_not_finite_is_not_applied_and_names_its_pairs(data, tmp_
     assert largest_difference(weights(out, 5), after) > 0
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("how, message", [
+    ("killed", r"a worker process died at .*pairs.jsonl:40\b.*: killed, perhaps for want of memory"),
+    ("panics", r"pairs.jsonl:40: Panic: called `Option::unwrap\(\)`"),
+    ("disk full", r"cache/\w+.safetensors: cannot be written .*make room")])
+def test_tokenising_that_fails_ends_all_ranks_within_seconds(how, message, world, data, tmp_path):
+    argv = flags(data, tmp_path / "out", cache=tmp_path / "cache")
+    began = time.time()
+    running = Ranks(world, tmp_path / "log", ranks.start_with, ranks.tokenising_fails, 40, how, argv)
+    codes = running.join(60)
+    assert codes == [1] * world and re.search(message, running.output()), (codes, running.output())
+    assert time.time() - began < 20 and len(re.findall("^error", running.output(), re.MULTILINE)) == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("cache/*"))
+
+
+def test_a_killed_rank_leaves_no_tokenising_worker_behind(data, tmp_path):
+    (tmp_path / "many.jsonl").write_text(data.read_text() * 200)
+    argv = flags(tmp_path / "many.jsonl", tmp_path / "out", cache=tmp_path / "cache")
+    running = Ranks(1, tmp_path / "log", ranks.start_with, ranks.tokenising_fails, -1, "not at all", argv)
+    pid = running.processes[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 2, running)
+    workers = children.read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    assert running.join() == [-signal.SIGKILL]
+    end = time.time() + 10
+    alive = lambda worker: Path(f"/proc/{worker}/stat").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text()
+    while any(map(alive, workers)) and time.time() < end:
+        time.sleep(0.01)
+    assert not any(map(alive, workers))
+
+
 def _lines_of_step(data, indices):
     tokenizer = train.load_tokenizer(MODEL)
     pairs = train.load_pairs([data], train.load_chat_format(MODEL, tokenizer), 2048, 1800)[0]

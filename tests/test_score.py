@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from data import score as score_py
-from data.preference import load_pairs, read_jsonl
+from data.files import read_jsonl
+from data.preference import load_pairs
 from data.score import load_judge, load_reward_model, main, reward_scorer, rewards
 from oracles import LLAMA3_MODEL, llama3_prompt
 from test_preference import LetterChat
@@ -229,6 +230,29 @@ def test_an_output_that_is_begun_is_gone_on_with(job, cut, capsys):
     job.output.write_text("".join(lines[:2]) + lines[2][:cut])
     assert job(rows, "length") == whole
     assert "2 of 4 lines are scored already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20])
+@pytest.mark.parametrize("whole_lines", [0, 2])
+def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys):
+    rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)] + [ROW | {"all_generated_responses": ["a?", "b"]}]
+    partial = job.output.with_name("out.jsonl.partial")
+    with pytest.raises(RuntimeError, match="failed on answer 2"):
+        job([ROW | {"all_generated_responses": ["a?", "b?"]}, rows[-1]], "broken")
+    assert not job.output.exists() and len(partial.read_text().splitlines()) == 1
+    partial.unlink()
+    whole = job(rows, "length")
+    assert len(whole) == 5 and not partial.exists()
+
+    lines = job.output.read_text().splitlines(keepends=True)
+    job.output.unlink()
+    partial.write_text("".join(lines[:whole_lines]) + lines[whole_lines][:cut])
+    assert job(rows, "length") == whole and not partial.exists()
+    assert ("2 of 5 lines are scored already" in capsys.readouterr().out) == (whole_lines == 2)
+    partial.write_text(lines[0])
+    with pytest.raises(ValueError, match="out.jsonl.partial:1: found another line than"):
+        job(rows, "half")
+    assert partial.read_text() == lines[0]
 
 
 def test_an_output_of_other_answers_or_scorers_is_left_as_it_is(job):

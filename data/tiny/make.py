@@ -20,6 +20,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))     # the project's root, for its modules
 
+from data.files import write_rows, write_whole, written_whole
 from data.preference import PreferencePair, pack
 from data.tiny.judge import score
 from generate import answer
@@ -68,8 +69,9 @@ def make_tokenizer(folder, rng):
         sentence_iterator=iter(text), model_writer=trained, vocab_size=420, model_type="unigram",
         byte_fallback=True, control_symbols=["[INST]", "[/INST]"], split_digits=True, num_threads=1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
-    (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    with written_whole(folder / "tokenizer.model") as temporary:
+        temporary.write_bytes(trained.getvalue())
+    write = lambda name, value: write_whole(folder / name, json.dumps(value, indent=2) + "\n")
     write("config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 420,
@@ -105,12 +107,6 @@ def teach(model, chat, rng, steps, prompts_per_step=64, peak_lr=2e-3):
             print(f"teach {step:5d}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
 
-def write_lines(name, rows):
-    with open(HERE / name, "w", encoding="utf-8") as f:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=f)
-
-
 def main(steps=2000, n_pairs=2048, n_held_out=256):
     torch.manual_seed(0)
     rng, folder = random.Random(0), HERE / "model"
@@ -123,19 +119,20 @@ def main(steps=2000, n_pairs=2048, n_held_out=256):
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.02)
     teach(model, chat, rng, steps)
-    save_file({name: p.to(torch.bfloat16) for name, p in model.state_dict().items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
+    with written_whole(folder / "model.safetensors") as temporary:
+        save_file({name: p.to(torch.bfloat16) for name, p in model.state_dict().items()}, temporary,
+                  metadata={"format": "pt"})
+        temporary.chmod(0o644)
     model = load_model(folder)      # as users get it, rounded to bf16
 
     prompts = list(dict.fromkeys(make_prompt(rng)[0] for _ in range(n_pairs + n_held_out)))
-    write_lines("prompts.jsonl", [{"prompt": p} for p in prompts[:n_held_out]])
+    write_rows(HERE / "prompts.jsonl", [{"prompt": p} for p in prompts[:n_held_out]])
     rows = []
     for p, answers in zip(prompts[n_held_out:], answer(model, tokenizer, chat, prompts[n_held_out:], samples=5, seed=13,
                                                        batch_size=256, max_new_tokens=40, temperature=0.8, top_p=0.95)):
         scores = [round(score([{"content": p}], a), 1) for a in answers]
         rows.append({"prompt": p, "all_generated_responses": answers, "all_rm_scores": scores})
-    write_lines("pairs.jsonl", rows)
+    write_rows(HERE / "pairs.jsonl", rows)
     scores = [s for row in rows for s in row["all_rm_scores"]]
     print(f"{len(rows)} prompts, mean score {sum(scores) / len(scores):.1f}")
 

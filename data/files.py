@@ -1,0 +1,334 @@
+"""Files of rows: read whatever their form, written whole.
+
+    for source, row in read_rows(["pairs.jsonl", "more.json.gz"]): ...
+    write_whole("scores.json", text)
+
+A file of rows is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs pyarrow, imported here
+alone). What it is shows in its first bytes, not in its name. The place of a row, its source, is "file:line", or
+"file: item N" of an array or of parquet. Text is UTF-8, with or without a byte-order mark; another encoding, another
+archive and objects that are indented over several lines are refused as what they are.
+
+A bad line (no JSON object, or one that its reader refuses) does not end the reading: the error at the end names the
+first ten and counts the others, so that a file is put right in one go; or bad lines are dropped and counted.
+"""
+import ctypes
+import gzip
+import io
+import itertools
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+BAD_LINES_SHOWN = 10
+LINES_PER_TASK = 256        # of a worker
+TASKS_PER_WORKER = 4        # given out and not yet done: what bounds the memory
+
+HEAD = 1 << 20              # bytes that are looked at to tell what a file is
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NOT_ROWS = {                # first bytes of a file: what it is
+    b"\xff\xfe\x00\x00": "UTF-32 text", b"\x00\x00\xfe\xff": "UTF-32 text",
+    b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+    b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream",
+}
+
+
+class Dropped(Exception):
+    """A row that is well-formed but not used; the message is the reason that is counted."""
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+def read_rows(files, use=lambda row, source: row, dropped=None, skip_bad_lines=None, workers=1):
+    """Yields (source, use(row, source)) of the rows of files, in their order.
+
+    use may raise Dropped, which is counted in the Counter `dropped` by its reason, or ValueError: a bad line. If there
+    are any, a ValueError at the end names the first ten; skip_bad_lines=True counts them in `dropped` instead (None:
+    the caller has no such flag, and none is advised). A file that is no file of rows is a ValueError at once.
+    workers > 1: rows are parsed and used in as many forked processes.
+    """
+    items = itertools.chain.from_iterable(map(read_items, files))
+    outcomes = _in_processes(use, items, workers) if workers > 1 else ((s, _outcome(use, s, i)) for s, i in items)
+    dropped = Counter() if dropped is None else dropped
+    shown = []
+    n_bad = 0
+    for source, result in outcomes:
+        if isinstance(result, Dropped):
+            dropped[str(result)] += 1
+        elif isinstance(result, ValueError):
+            n_bad += 1
+            if n_bad <= BAD_LINES_SHOWN:
+                shown.append(str(result))
+        else:
+            yield source, result
+    if n_bad and skip_bad_lines:
+        dropped[f"bad lines, the first {shown[0]}"] += n_bad
+    elif n_bad:
+        raise ValueError(_bad_lines(shown, n_bad, skip_bad_lines is not None))
+
+
+def _bad_lines(shown, n_bad, may_skip):
+    """The message about n_bad bad lines, of which some are shown."""
+    if n_bad == 1:
+        return shown[0] + ("; put it right, or drop and count such lines with --skip_bad_lines" if may_skip else "")
+    lines = [f"{n_bad} bad lines:", *shown]
+    if n_bad > len(shown):
+        lines.append(f"and {n_bad - len(shown)} others")
+    message = "\n  ".join(lines)
+    return message + ("\nput them right, or drop and count them with --skip_bad_lines" if may_skip else "")
+
+
+def _outcome(use, source, item):
+    """use(row, source), or the Dropped or the ValueError that says why there is none."""
+    try:
+        return use(parse_item(item), source)
+    except Dropped as reason:
+        return reason
+    except ValueError as e:
+        return ValueError(f"{source}: {e}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:      # a mistake of ours, or a panic in a library, which need not be an Exception
+        raise RuntimeError(f"{source}: {type(e).__name__}: {e}") from e
+
+
+def read_jsonl(path):
+    """Yields (source, row) of one file. ValueError names the bad lines."""
+    return read_rows([path])
+
+
+def parse_line(source, line):
+    """The row of a line (bytes). ValueError names the source."""
+    try:
+        return parse_item(line)
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+
+
+def parse_item(item):
+    """The row of a line (bytes), or of an item that is parsed already. ValueError unless it is an object of whole
+    characters and finite numbers."""
+    try:
+        row = json.loads(item.decode()) if isinstance(item, bytes) else item
+        if not isinstance(row, dict):
+            raise TypeError(f"expected a JSON object, found {row!r:.60}")
+        _check_values(row, "")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of the line); "
+                         "if it is Latin-1 or Windows-1252, convert the file: iconv -f WINDOWS-1252 -t UTF-8") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not valid JSON ({e})") from None
+    except RecursionError:
+        raise ValueError("nested too deep to be read") from None
+    except TypeError as e:
+        raise ValueError(str(e)) from None
+    return row
+
+
+def _check_values(value, field):
+    """ValueError that names the field of a row which holds half a surrogate pair, or a number that is not finite."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(f"{field} holds half a surrogate pair ({value[e.start]!a} at character {e.start + 1}); "
+                                 "expected whole characters (was it cut in the middle of an emoji?)") from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected text, a finite number or "
+                             "null")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_values(name, f"a name in {field or 'the row'}")
+            _check_values(inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_values(inner, f"{field}[{i}]")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def read_items(path):
+    """Yields ("file:line", bytes) of the lines of JSON Lines that are not empty, or
+    ("file: item N", object) of an array or of parquet. ValueError if the file is none of them."""
+    try:
+        with _unpacked(path) as f:
+            head = f.peek(HEAD)
+            _refuse_other_kinds(path, head)
+            start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+            if head.startswith(b"PAR1"):
+                yield from _read_parquet(path)
+            elif start.startswith(b"["):
+                yield from _read_array(path, f.read())
+            elif _is_indented(start):
+                raise ValueError(
+                    f"{path}: JSON objects that are indented over several lines; expected an object a line "
+                    f"(JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
+            else:
+                for number, line in enumerate(f, 1):
+                    if number == 1:
+                        line = line.removeprefix(BYTE_ORDER_MARK)
+                    if line.strip():
+                        yield f"{path}:{number}", line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: a damaged gzip archive ({e}); fetch or make it again") from None
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e})") from None
+
+
+def _unpacked(path):
+    """A file opened past its compression, whose first HEAD bytes can be looked at."""
+    f = open(path, "rb", buffering=HEAD)
+    if f.peek(2).startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.open(f), HEAD)
+    return f
+
+
+def _refuse_other_kinds(path, head):
+    """ValueError if the first bytes of a file are of another kind than rows have."""
+    expected = "expected JSON Lines or a JSON array in UTF-8, gzipped or not, or parquet"
+    for first, kind in NOT_ROWS.items():
+        if head.startswith(first):
+            advice = "Unpack or convert it"
+            if "text" in kind:
+                advice = f"Convert it: iconv -f {kind.split()[0]} -t UTF-8 {path} > NEW"
+            raise ValueError(f"{path}: {kind}; {expected}. {advice}")
+    if b"\x00" in head[:4]:
+        raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at all; "
+                         f"{expected}. Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
+
+
+def _is_indented(start):
+    """Whether the text begins with an object that only ends on a later line."""
+    text = start.decode(errors="replace")
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "\n" in text[:end]
+
+
+def _read_array(path, content):
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not a valid JSON array ({e})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: item {number}", row
+
+
+def _read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install pyarrow, or save the rows as "
+                         "JSON Lines") from None
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}: item {number}", json.loads(json.dumps(row, default=str))    # dates and the like as text
+
+
+# --- forked workers ---------------------------------------------------------------------------------------------------
+
+def _in_processes(use, items, workers):
+    """Yields (source, outcome) of items in their order, from forked processes. `use` reaches them in the memory that
+    they are forked with: it is never pickled. ChildProcessError if one of them dies."""
+    # The line at which each task is, -1 for none, in memory that is shared with the processes forked from this one.
+    at_work = memoryview(mmap.mmap(-1, 8 * workers * TASKS_PER_WORKER)).cast("q")
+    running = deque()           # (lines, slot of at_work, future)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
+        try:
+            for number in itertools.count():
+                lines = list(itertools.islice(items, LINES_PER_TASK))
+                if not lines:
+                    break
+                if len(running) == len(at_work):
+                    yield from _oldest_outcomes(running)
+                slot = number % len(at_work)
+                at_work[slot] = -1
+                running.append((lines, slot, pool.submit(_work, lines, slot)))
+            while running:
+                yield from _oldest_outcomes(running)
+        except BrokenProcessPool:
+            places = [lines[at_work[slot]][0] for lines, slot, _ in running if at_work[slot] >= 0]
+            raise ChildProcessError(
+                f"a worker process died at {' or '.join(places) or 'its start'}: killed, perhaps for want of memory, or by "
+                "a crash in a library; try fewer processes (taskset) or that line alone") from None
+
+
+def _oldest_outcomes(running):
+    """Waits for the oldest task, and takes it off once it is done."""
+    lines, _, future = running[0]
+    outcomes = future.result()
+    running.popleft()
+    return zip((source for source, _ in lines), outcomes)
+
+
+def _begin_worker(use, at_work, parent):
+    global _use, _at_work
+    _use = use
+    _at_work = at_work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all processes; the parent ends the workers
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)               # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _work(lines, slot):
+    outcomes = []
+    for i, (source, item) in enumerate(lines):
+        _at_work[slot] = i
+        outcomes.append(_outcome(_use, source, item))
+    _at_work[slot] = -1
+    return outcomes
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def written_whole(path):
+    """Gives a temporary name beside `path` to write to. What was written gets its own name at the end; after an error
+    there is nothing of it. So a file is whole or absent under its name, whenever the process is killed."""
+    path = Path(path)
+    if path.exists() and not path.is_file():        # /dev/stdout
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as e:
+        raise OSError(f"{path}: cannot be written ({e})") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path, text):
+    """Writes a text file so that it is never seen half-written."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_rows(path, rows):
+    """Writes rows as JSON Lines, whole."""
+    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=f)
