@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.preference import as_messages, content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say, write_whole
-from model import causal_attention, load_model, product
+from model import causal_attention, checkpoint_tensors, load_model, product, read_config
 from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
 
@@ -299,6 +299,8 @@ def main(argv):
 
     device = join_ranks(args)
     try:
+        read_config(args.model)             # what is no model is told to be none first
+        checkpoint_tensors(args.model)
         tokenizer = load_tokenizer(args.model)
         chat = load_chat_format(args.model, tokenizer, args.chat_format)
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
