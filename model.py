@@ -588,8 +588,8 @@ HOW_TO_FETCH = """{0}: no such folder; expected {2}. To fetch a model of the Hug
     hf auth login       (only if the model's page asks you to agree to a licence)
     hf download {1} --local-dir {0} --exclude 'consolidated*' --exclude '*.pth' --exclude '*.bin'"""
 HOW_TO_CONVERT = """{0}: no *.safetensors files; expected {2}. To convert {1}, with transformers:
-    python -c "from transformers import AutoModelForCausalLM as M
-    M.from_pretrained('{0}', torch_dtype='auto').save_pretrained('{0}')\""""
+    python -c "from transformers import AutoModelForCausalLM as M; \
+M.from_pretrained('{0}', torch_dtype='auto').save_pretrained('{0}')\""""
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -740,13 +740,12 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
         used += size
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts))
-    if others := {file.name for file in folder.glob("*.safetensors")} - set(files):
-        raise ValueError(f"{folder}: {', '.join(sorted(others))} of another save are there, and "
-                         "some loaders would take them; name another folder")
 
     # 2. The index first: while files that it names are missing, this is no model to anybody.
     writing = not dist.is_initialized() or dist.get_rank() == 0
     if writing:
+        if any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder}: holds weights already; name another folder to save in")
         folder.mkdir(parents=True, exist_ok=True)
         weight_map = {name: file for file, part in files.items() for name in part}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
