@@ -35,7 +35,7 @@ from data.files import write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say
-from model import causal_attention, load_model, product
+from model import causal_attention, checkpoint_tensors, load_model, product, read_config
 from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
 
@@ -347,6 +347,8 @@ def main(argv):
     try:
         if args.prompt:
             checked_text(args.prompt, "--prompt", args.as_it_stands)
+        read_config(args.model)             # what is no model is told to be none first
+        checkpoint_tensors(args.model)
         tokenizer = load_tokenizer(args.model)
         chat = load_chat_format(args.model, tokenizer, args.chat_format, from_rank_0(lambda: first_day(args)))
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)

@@ -41,7 +41,7 @@ from distributed import (check_same_run, check_space, claim_output, clip_gradien
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, read_run,
                          restart_count, reuse_memory, save_checkpoint, say)
 from generate import answer
-from model import COPIED_FILES
+from model import COPIED_FILES, checkpoint_tensors, read_config
 from tokenizer import check_vocabulary, load_chat_format, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -103,7 +103,8 @@ class TrainConfig:
     judge: str = ""                           # FILE.py:FUNCTION, called with (prompt turns, answer), returns a number
     judge_prompts: str = ""                   # JSON Lines of held-out prompts; one sampled answer to each is judged
     max_new_tokens: int = 512                 # of a judged answer (temperature 0.8, top_p 0.95)
-    save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files
+    save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files. config.json
+                                              # goes on naming the starting model's
 
     # This call alone.
     resume: bool = False                      # go on from the newest complete checkpoint in `output`, if there is one
@@ -458,6 +459,11 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
           f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary "
           f"{c.vocab_size}, window {c.window or 'none'}")
+    fields = json.loads((Path(config.model) / "config.json").read_text(encoding="utf-8"))
+    named = fields.get("dtype") or fields.get("torch_dtype")
+    if config.save_dtype and named and config.save_dtype != named:
+        print(f"saving   in {config.save_dtype}; config.json goes on naming {named}, to which transformers 5 and "
+              f"vLLM round unless they are told dtype={config.save_dtype}")
     print("shards   weights "
           + ("whole on the one rank" if not isinstance(model, FSDPModule) else
              f"sharded over {local if config.shard_within_node else world}"
@@ -498,6 +504,8 @@ def run(config, device):
     # 1. Data: tokens of all pairs, in the memory of every rank.
     world = dist.get_world_size()
     say(f"ranks    {world} on {device.type}")
+    read_config(config.model)               # what cannot be trained is refused before data are read
+    checkpoint_tensors(config.model)
     tokenizer = load_tokenizer(config.model)
     chat = load_chat_format(config.model, tokenizer, config.chat_format or None, from_rank_0(lambda: first_day(config)))
     if config.date and not chat.date:

@@ -172,6 +172,7 @@ def rewards(model, prompt, answers):
 def reward_scorer(folder, chat_format=None):
     """The scorer of a reward model's folder: (prompt turns, N answers) -> N floats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint_tensors(folder)              # what is no model folder is told to be none first
     tokenizer = load_tokenizer(folder)
     chat = load_chat_format(folder, tokenizer, chat_format)
     model = load_reward_model(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
