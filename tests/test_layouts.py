@@ -23,7 +23,7 @@ from layouts import LAYOUTS, write_layout
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS
 from test_tokenizer import (ALPHABETS, CONTROL_TEXTS, ONE_TURN, SYSTEM_TWO_TURNS, TEXTS, WORDS,
                             make_text)
-from tokenizer import load_chat_format, load_tokenizer
+from tokenizer import compare, load_chat_format, load_tokenizer
 
 DATE = "2026-01-31"
 SPACES = ["", "", "", " ", "  ", "\n", "\n\n", " \n\t ", "\r\n", "\u00a0", "\u3000", "\u2028",
@@ -298,10 +298,24 @@ def test_control_tokens_come_from_the_template_alone(model):
 
 def test_text_comes_back_from_its_ids(model):
     nfc = "qwen" in model.name
+    tokenizer = model.chat.tokenizer            # which knows the tokens that the layout writes
     for dialogue in model.hostile:
         for message in dialogue:
             text = message["content"]
-            ids = model.tokenizer.encode(text, bos=False, eos=False)
+            ids = tokenizer.encode(text, bos=False, eos=False)
             assert model.control.isdisjoint(ids)
             expected = unicodedata.normalize("NFC", text) if nfc else text
-            assert model.tokenizer.decode(ids) == expected
+            assert tokenizer.decode(ids) == expected
+
+
+def test_the_command_finds_a_layout_the_same_as_transformers_does(model):
+    chat = load_chat_format(model.folder, model.tokenizer)                  # with today's date, as transformers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", datetime)
+        assert " prompts have the ids of transformers" in compare(model.folder, chat)
+
+
+def test_a_response_comes_back_from_its_ids(model):
+    for dialogue in model.plain:
+        ids = model.chat.encode_response(dialogue[-1]["content"])
+        assert model.chat.encode_response(model.chat.decode_response(ids[:-1])) == ids

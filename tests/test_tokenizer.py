@@ -440,7 +440,7 @@ def test_the_command_shows_a_dialogue_and_compares_it(folders, capsys):
     tokenizer_module.main([str(folders["smollm2"])])
     out = capsys.readouterr().out
     assert "named SmolLM" in out and "'<|im_start|>'" in out and "response, which is scored" in out
-    assert "8 dialogues have the ids of transformers" in out
+    assert "4 prompts have the ids of transformers" in out
 
 
 def test_an_unknown_format_is_an_error_that_names_the_choices(tokenizers, tmp_path):
