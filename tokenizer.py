@@ -294,6 +294,16 @@ def load_tokenizer(folder):
     ValueError names the file, or the one to fetch.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected a model folder as `hf download` of the Hugging Face hub makes it")
+    try:
+        return _load_tokenizer(folder)
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder}: its tokenizer files are not written as such files are ({type(e).__name__}: {e}); fetch "
+                         "them again") from e
+
+
+def _load_tokenizer(folder):
     settings, names = _read_json(folder / "tokenizer_config.json"), token_names(folder)
     bos, eos = names.get("bos_token"), names.get("eos_token")
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
@@ -633,7 +643,7 @@ CHAT_FORMATS = {"llama3": Llama3, "mistral-v1": MistralV1, "mistral-v3": Mistral
 
 # --- chat templates: the layout that a folder brings ------------------------------------------------------------------
 
-SECONDS = 5                     # for one dialogue; templates take a thousandth of one
+SECONDS = 5                     # of computing for one dialogue; templates take a ten-thousandth
 EXTRA_CHARACTERS = 10**6        # a template may write so many beside what it is given
 
 
@@ -702,21 +712,21 @@ class ChatTemplate(ChatFormat):
 
     @contextmanager
     def bounded(self):
-        """Runs the template's code. Any error of it is a ValueError, running for more than SECONDS too (in the main
-        thread, which alone can be interrupted)."""
+        """Runs the template's code. Any error of it is a ValueError, computing for more than SECONDS too (in the main
+        thread, which alone can be interrupted; a machine that stands still is no reason)."""
         def stop(*_):
-            raise TimeoutError(f"it runs for more than {SECONDS} s")
+            raise TimeoutError(f"it computes for more than {SECONDS} s")
         timed = threading.current_thread() is threading.main_thread()
         try:
-            before = signal.signal(signal.SIGALRM, stop) if timed else None
+            before = signal.signal(signal.SIGVTALRM, stop) if timed else None
             if timed:
-                signal.setitimer(signal.ITIMER_REAL, SECONDS)
+                signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
             try:
                 yield
             finally:
                 if timed:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    signal.signal(signal.SIGALRM, before)
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                    signal.signal(signal.SIGVTALRM, before)
         except Exception as e:
             raise ValueError(f"{self.source} cannot lay this out: {e or type(e).__name__}") from None
 
@@ -843,7 +853,10 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
         chat = _named_format(folder, tokenizer, name or _detect(folder, tokenizer.special))
         chat.source += " (by --chat_format)" if name else " (there is no chat template; told from the control tokens)"
     ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
-    chat.stop_ids |= set(ends if isinstance(ends, list) else [ends])
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(type(i) is int and i >= 0 for i in ends):
+        raise ValueError(f"{folder}/generation_config.json: eos_token_id = {ends!r:.60}; expected an id or a list of ids")
+    chat.stop_ids |= set(ends)
     return chat
 
 
@@ -857,7 +870,8 @@ def find_template(folder):
             raise ValueError(f"{file}: not UTF-8 text ({e})") from None
     template = _read_json(settings).get("chat_template") or ""
     if isinstance(template, list):                       # several named templates
-        template = {t["name"]: t["template"] for t in template}.get("default", "")
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default", "")
     if not isinstance(template, str):
         raise ValueError(f"{settings}: chat_template is {template!r:.60}; expected text or a list of named templates")
     return template, f"the chat template of {settings}" if template else ""
