@@ -367,6 +367,9 @@ def _added_tokens(folder, settings, spec, names):
     found += [(t["content"], t["id"], t) for t in spec.get("added_tokens") or []]
     found += [(t["content"], i, t) for i, t in (settings.get("added_tokens_decoder") or {}).items()]
     vocab = (spec.get("model") or {}).get("vocab") or {}
+    if not all(type(i) is int and 0 <= i < 2**31 for i in vocab.values()) or len(set(vocab.values())) < len(vocab):
+        raise ValueError(f"{folder}/tokenizer.json: the ids of its vocabulary are not different numbers from 0 on; the file is "
+                         "damaged")
     last = len(vocab) - 1
     for token in spec.get("added_tokens") or []:            # the library counts on where the vocabulary lacks a name
         i = vocab.get(token["content"], last + 1)
@@ -377,6 +380,8 @@ def _added_tokens(folder, settings, spec, names):
     prepends = "Prepend" in json.dumps(spec.get("normalizer"))
     special, words, whole = {}, {}, {}
     for name, (i, flags) in {name: (int(i), flags) for name, i, flags in found}.items():
+        if not isinstance(name, str) or not name or not 0 <= i < 2**31:
+            raise ValueError(f"{folder}: added token {name!r} with id {i}; expected a name and a number from 0 on")
         late = prepends and flags.get("normalized")         # looked for after the space has been put before text
         if flags.get("special", True) or name in names.values():
             special[name] = i

@@ -654,6 +654,19 @@ def test_another_normalizer_is_refused(small_bpe, normalizer):
     refuse(small_bpe, "tokenizer.json", normalizer["type"])
 
 
+@pytest.mark.parametrize("i", [-1, 10**10, 5, 1.5, True, None, "7"])
+def test_a_vocabulary_with_an_impossible_id_is_refused(small_bpe, i):
+    change_json(small_bpe, lambda spec: spec["model"]["vocab"].update({"a": i}))
+    refuse(small_bpe, "tokenizer.json", "ids of its vocabulary")
+
+
+@pytest.mark.parametrize("token", [{"content": "", "id": 1200}, {"content": None, "id": 1200}, {"content": "<a>"},
+                                   {"content": "<a>", "id": None}, {"content": "<a>", "id": 7}, "<a>"])
+def test_an_impossible_added_token_is_refused(small_bpe, token):
+    change_json(small_bpe, lambda spec: spec["added_tokens"].append(token))
+    refuse(small_bpe, str(small_bpe))
+
+
 def test_merges_out_of_the_order_of_the_vocabulary_are_refused(small_bpe):
     change_json(small_bpe, lambda spec: spec["model"]["merges"].reverse())
     refuse(small_bpe, "tokenizer.json", "merges")
