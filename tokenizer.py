@@ -849,10 +849,10 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
     there is none, the one that its control tokens tell of. date ("2026-01-31") is for templates that write today's; the
     format's `date` says whether it was asked for. Adds the end tokens of generation_config.json to stop_ids."""
     folder = Path(folder)
-    template, source = find_template(folder)
     if name and name not in CHAT_FORMATS:
         raise ValueError(f"chat format {name!r} is not known; expected one of {', '.join(CHAT_FORMATS)}")
-    if template and not name:
+    template, source = find_template(folder) if not name else ("", "")
+    if template:
         chat = ChatTemplate(tokenizer, template, source, token_names(folder), date)
     else:
         chat = _named_format(folder, tokenizer, name or _detect(folder, tokenizer.special))
@@ -876,6 +876,9 @@ def find_template(folder):
     template = _read_json(settings).get("chat_template") or ""
     if isinstance(template, list):                       # several named templates
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        if named and "default" not in named:
+            raise ValueError(f"{settings}: chat_template has templates named {', '.join(map(str, named))}; expected one named "
+                             "default among them, or choose a layout with --chat_format")
         template = named.get("default", "")
     if not isinstance(template, str):
         raise ValueError(f"{settings}: chat_template is {template!r:.60}; expected text or a list of named templates")

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -419,6 +420,30 @@ def test_a_template_that_leaves_turns_out_is_refused_where_there_are_such_turns(
     chat.encode_prompt(ONE_TURN)
     with pytest.raises(ValueError, match="leaves system turns out"):
         chat.encode_prompt(SYSTEM_TWO_TURNS)
+
+
+def test_named_templates_without_a_default_are_refused(tokenizers, tmp_path):
+    write_settings(tmp_path, [{"name": "tool_use", "template": PLAIN_TEMPLATE}])
+    with pytest.raises(ValueError, match="named tool_use; expected one named default"):
+        load_chat_format(tmp_path, tokenizers["v1"])
+    assert type(load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1")) is CHAT_FORMATS["mistral-v1"]
+
+
+def test_a_template_is_read_in_another_thread_too(tokenizers, tmp_path):
+    write_settings(tmp_path, PLAIN_TEMPLATE)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(load_chat_format(tmp_path, tokenizers["v1"]).opening()))
+    thread.start()
+    thread.join()
+    assert found == ["<s>[INST] "]
+
+
+def test_a_template_without_jinja2_is_an_error_that_says_what_to_do(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    write_settings(tmp_path, PLAIN_TEMPLATE)
+    with pytest.raises(ValueError, match="pip install jinja2"):
+        load_chat_format(tmp_path, tokenizers["v1"])
+    load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1")
 
 
 def test_a_template_that_refuses_a_dialogue_is_quoted(tokenizers, tmp_path):
