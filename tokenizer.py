@@ -295,7 +295,7 @@ def load_tokenizer(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected a model folder as `hf download` of the Hugging Face hub makes it")
+        raise ValueError(f"{folder}: no such folder; expected a model folder, as `hf download` makes it from the hub")
     try:
         return _load_tokenizer(folder)
     except (KeyError, IndexError, TypeError, AttributeError) as e:
@@ -368,8 +368,8 @@ def _added_tokens(folder, settings, spec, names):
     found += [(t["content"], i, t) for i, t in (settings.get("added_tokens_decoder") or {}).items()]
     vocab = (spec.get("model") or {}).get("vocab") or {}
     if not all(type(i) is int and 0 <= i < 2**31 for i in vocab.values()) or len(set(vocab.values())) < len(vocab):
-        raise ValueError(f"{folder}/tokenizer.json: the ids of its vocabulary are not different numbers from 0 on; the file is "
-                         "damaged")
+        raise ValueError(f"{folder}/tokenizer.json: the ids of its vocabulary are not different numbers from 0 on; the "
+                         "file is damaged, fetch it again")
     last = len(vocab) - 1
     for token in spec.get("added_tokens") or []:            # the library counts on where the vocabulary lacks a name
         i = vocab.get(token["content"], last + 1)
@@ -418,7 +418,8 @@ def _read_byte_level(path, spec, merges, special, words, bos, eos):
     steps = pre.get("pretokenizers", [pre])
     if steps[-1].get("type") != "ByteLevel":
         raise ValueError(f"{path}: neither byte-level BPE nor BPE with byte fallback (pre-tokenizer "
-                         f"{steps[-1].get('type')}); fetch tokenizer.model of the same model, if it has one, and move this file away")
+                         f"{steps[-1].get('type')}); fetch tokenizer.model of the same model, if it has one, and move this "
+                         "file away")
     pattern, first, own_pattern = None, steps[0], steps[-1].get("use_regex", True)
     if len(steps) == 1 and own_pattern:
         pattern = GPT2_PATTERN
@@ -455,7 +456,8 @@ def _byte_alphabet():
 
 def _read_byte_fallback(path, spec, merges, special, words, whole, bos, eos):
     vocab, normalizer, pre = spec["model"]["vocab"], spec.get("normalizer"), spec.get("pre_tokenizer")
-    prepend, replace = {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     begins = None
     if steps == [prepend, replace] and not pre:
