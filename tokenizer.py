@@ -57,6 +57,8 @@ class Tokenizer:
     in text, so text turns into them.
     """
 
+    note = ""           # in words, if others read the files otherwise
+
     def __init__(self, special, words, bos, eos, text_size):
         self.special, self.words = dict(special), dict(words)
         self.names = self.special | self.words
@@ -142,7 +144,7 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, ranks, pattern, special, bos=None, eos=None, normal_form=None, words=()):
         super().__init__(special, words, bos, eos, 1 + max(ranks.values()))
-        self.normal_form = normal_form
+        self.pattern, self.normal_form = pattern, normal_form
         self.bytes_of = {i: token for token, i in ranks.items()}
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         ranks = ranks | {b: self.vocab_size + i for i, b in enumerate(absent)}
@@ -315,9 +317,12 @@ def _load_tokenizer(folder):
             raise ValueError(f"{json_file}: model {model.get('type')!r} is not supported; expected BPE with vocab and "
                              "merges; fetch tokenizer.model of the same model, if it has one, and move this file away")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        if not model.get("byte_fallback"):
-            return _read_byte_level(json_file, spec, merges, special, words, bos, eos)
-        return _read_byte_fallback(json_file, spec, merges, special, words, whole, bos, eos)
+        if model.get("byte_fallback"):
+            tokenizer = _read_byte_fallback(json_file, spec, merges, special, words, whole, bos, eos)
+        else:
+            tokenizer = _read_byte_level(json_file, spec, merges, special, words, bos, eos)
+        tokenizer.note = _other_reading(folder, settings, tokenizer)
+        return tokenizer
 
     if not model_file.exists():
         model_file = folder / "original" / "tokenizer.model"
@@ -328,6 +333,23 @@ def _load_tokenizer(folder):
         return SentencePieceTokenizer(model_file, special, words, every_run=bool(settings.get("legacy")))
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     return BytePairTokenizer(ranks, LLAMA3_PATTERN, special, "<|begin_of_text|>", "<|end_of_text|>")
+
+
+def _other_reading(folder, settings, tokenizer):
+    """What AutoTokenizer of transformers 5, and so what is served by it, makes of tokenizer.json, in words; "" if it takes
+    it as it stands. For two classes that tokenizer_config.json may name it makes a pre-tokenizer of its own."""
+    family = str(settings.get("tokenizer_class") or _read_json(folder / "config.json").get("tokenizer_class") or "")
+    family = family.removesuffix("Fast")
+    if family == "LlamaTokenizer" and isinstance(tokenizer, CharacterPairTokenizer):
+        begins = "any" if settings.get("legacy") else "first"
+        begins = "none" if settings.get("add_prefix_space") is False else begins
+        differs = begins != tokenizer.begins and _read_json(folder / "config.json").get("model_type") != "mistral"
+    else:
+        differs = family == "GPT2Tokenizer" and getattr(tokenizer, "pattern", GPT2_PATTERN) != GPT2_PATTERN
+    if not differs:
+        return ""
+    return (f"tokenizer.json is read as it stands, as by transformers 4; AutoTokenizer of transformers 5 changes it for a "
+            f"tokenizer_class {family} (PreTrainedTokenizerFast in tokenizer_config.json keeps it)")
 
 
 def _read_json(path):
@@ -936,6 +958,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.folder)
     chat = load_chat_format(args.folder, tokenizer, args.chat_format, args.date)
     print(f"tokens    {type(tokenizer).__name__}, {tokenizer.vocab_size} ids")
+    if tokenizer.note:
+        print(f"note      {tokenizer.note}")
     print(f"layout    {chat.source}" + (f", with the date {chat.date}" if chat.date else ""))
     print(f"opening   {chat.opening()!r} where there is no system turn")
     prompt, response = chat.encode_prompt(SAMPLE), chat.encode_response("C'est quarante-deux.")

@@ -471,6 +471,8 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
              + (", resting in CPU memory" if config.cpu_offload else "")))
     print(f"tokens   {type(tokenizer).__name__} of {tokenizer.vocab_size}, generation ends at "
           f"{' '.join(tokenizer.piece(i) for i in sorted(chat.stop_ids))}")
+    if tokenizer.note:
+        print(f"note     {tokenizer.note}")
     print(f"layout   {chat.source}" + (f" on {chat.date}" if chat.date else "")
           + f"; without a system turn it begins {chat.opening()!r}")
     print(f"data     {len(pairs)} pairs to train on, {len(held_out)} held out; {sum(dropped.values())} dropped"
