@@ -265,8 +265,10 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         save_model(model, writing, like=config.model, dtype=getattr(torch, config.save_dtype, None))
         if not last:
             dcp.save(train_state(model, optimizer, progress), checkpoint_id=writing / "train_state")
-    except dcp.api.CheckpointException as e:
-        raise OSError(f"{writing}: cannot be written ({first_failure(e)}); earlier checkpoints are as they were") from e
+    except (OSError, dcp.api.CheckpointException) as e:
+        reason = first_failure(e) if isinstance(e, dcp.api.CheckpointException) else e
+        raise OSError(f"{writing}: cannot be written ({reason}); earlier checkpoints are as they "
+                      "were") from e
     if not last and dist.get_rank() == 0:
         shutil.copyfile(output / "config.toml", writing / "train_state" / "config.toml")
     from_rank_0(complete)
@@ -295,7 +297,7 @@ def check_space(model, config, output, last):
     weights = sum(math.prod(shape) * (kept or dtype).itemsize
                   for shape, dtype, _ in checkpoint_tensors(config.model).values())
     moments = 0 if last else 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    need = (2 if isinstance(model, FSDPModule) else 1) * weights + moments      # slices are put together from a copy
+    need = weights + moments
     if (free := shutil.disk_usage(output).free) < need:
         raise ValueError(f"{output}: a checkpoint needs {need / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make "
                          "room, or name an output folder on another disk. Earlier checkpoints are as they were")

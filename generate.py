@@ -13,6 +13,7 @@ where others came to their end, whole prompts that take their places. What diffe
 which here reads a cache of keys and values.
 """
 import argparse
+import datetime
 import json
 import math
 import shutil
@@ -34,8 +35,8 @@ from data.files import write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say
-from model import causal_attention, load_model, product
-from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
+from model import causal_attention, checkpoint_tensors, load_model, product, read_config
+from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def answer(model, tokenizer, chat, prompts, *, seed=0, **settings):
     `generate`. All ranks of a sharded model must call this together."""
     ids = [chat.encode_prompt(as_messages(p)) for p in prompts]
     answers = generate(model, ids, seeds=[(seed, i) for i in range(len(ids))], stop_ids=chat.stop_ids, **settings)
-    return [[tokenizer.decode(a) for a in some] for some in answers]
+    return [[chat.decode_response(a) for a in some] for some in answers]
 
 
 # --- jobs: a file of prompts, many ranks, going on after a kill -------------------------------------------------------
@@ -217,6 +218,26 @@ def claim_parts(parts, job, n_batches):
                              "with the same command, or remove the folder to begin anew")
     write_whole(file, json.dumps(job, indent=1))
     return [b for b in range(n_batches) if not (parts / f"{b:06d}.json").exists()]
+
+
+def first_day(args):
+    """The date for chat templates that write today's: the one given, that of the job to go on with, or today's. Rank 0
+    only."""
+    job = Path(f"{args.output}.parts") / "job.json"
+    began = json.loads(job.read_text()).get("date") if job.exists() else None
+    return args.date or began or datetime.date.today().isoformat()
+
+
+def kept_answer(chat, ids, max_new_tokens):
+    """(text, number of tokens, whether the text encodes to the sampled ids again) of an answer. Ids may not: a model can
+    sample "a" and "b" where encoding gives "ab"."""
+    text = chat.decode_response(ids)
+    try:
+        again = chat.encode_response(text)
+    except ValueError:      # of no use for training; it is the reader of pairs that will say so
+        again = []
+    same = again[:-1] == ids or len(ids) == max_new_tokens and again[:len(ids)] == ids
+    return text, len(ids), same
 
 
 def progress_line(n_answers):
@@ -257,7 +278,7 @@ def run_job(args, model, tokenizer, chat):
     batches = [by_length[i:i + size] for i in range(0, len(ids), size)]
     weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     job = settings | {"seed": args.seed, "prompts": content_hash([args.prompts]), "weights": weights,
-                      "chat_format": type(chat).__name__, "device": model.device.type,
+                      "chat_format": type(chat).__name__, "date": chat.date, "device": model.device.type,
                       "skip_bad_lines": args.skip_bad_lines, "as_it_stands": args.as_it_stands}
     output, parts = Path(args.output), Path(args.output + ".parts")
 
@@ -275,7 +296,7 @@ def run_job(args, model, tokenizer, chat):
     for b in mine:
         answers = generate(model, [ids[i] for i in batches[b]], seeds=[(args.seed, i) for i in batches[b]],
                            stop_ids=chat.stop_ids, progress=progress, **settings)
-        texts = [[(tokenizer.decode(a), len(a)) for a in some] for some in answers]
+        texts = [[kept_answer(chat, a, args.max_new_tokens) for a in some] for some in answers]
         write_whole(parts / f"{b:06d}.json", json.dumps(texts))
     dist.barrier()
 
@@ -284,11 +305,14 @@ def run_job(args, model, tokenizer, chat):
         for b, batch in enumerate(batches):
             for i, texts in zip(batch, json.loads((parts / f"{b:06d}.json").read_text())):
                 answers[i] = texts
-        write_whole(output, answers_text(shape, rows, answers, args.name or Path(args.model).resolve().name))
+        texts = [[(text, n) for text, n, _ in some] for some in answers]
+        write_whole(output, answers_text(shape, rows, texts, args.name or Path(args.model).resolve().name))
         shutil.rmtree(parts)
-        cut = sum(n == args.max_new_tokens for texts in answers for _, n in texts)
+        cut = sum(n == args.max_new_tokens for some in answers for _, n, _ in some)
+        other = sum(not same for some in answers for _, _, same in some)
         say(f"written  {output}; {cut} of {len(ids) * args.samples} answers did not come to their end within "
-            f"max_new_tokens = {args.max_new_tokens}")
+            f"max_new_tokens = {args.max_new_tokens}; {other} encode to other tokens than were sampled, which read the "
+            "same, and are trained on as those")
 
     from_rank_0(finish)
 
@@ -307,7 +331,8 @@ def main(argv):
     parser.add_argument("--batch_size", type=int, default=16, help="answers at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the model in AlpacaEval's and Arena-Hard's files; its folder's if not given")
-    parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="read from the model's files if not given")
+    parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="instead of the chat template of the model's folder")
+    parser.add_argument("--date", help="2026-01-31, for chat templates that write it; that of the job's first day if not given")
     parser.add_argument("--skip_bad_lines", action="store_true",
                         help="drop and count bad lines, and prompts too long to answer, instead of stopping")
     parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
@@ -322,12 +347,12 @@ def main(argv):
     try:
         if args.prompt:
             checked_text(args.prompt, "--prompt", args.as_it_stands)
+        read_config(args.model)             # what is no model is told to be none first
+        checkpoint_tensors(args.model)
         tokenizer = load_tokenizer(args.model)
-        chat = load_chat_format(args.model, tokenizer, args.chat_format)
+        chat = load_chat_format(args.model, tokenizer, args.chat_format, from_rank_0(lambda: first_day(args)))
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"{args.model}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
-                             f"{model.config.vocab_size} rows; the files do not belong together")
+        check_vocabulary(args.model, chat, model.config.vocab_size)
         if args.prompts:
             run_job(args, model, tokenizer, chat)
         else:

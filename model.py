@@ -15,6 +15,7 @@ who sees whom is decided by one function, `attend(layer, q, k, v)`, and where a 
 """
 import json
 import math
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -62,24 +64,31 @@ class ModelConfig:
     qk_norm: bool = False               # Qwen3
 
 
-# Fields of config.json that say nothing about the computation. Every other one is used below or refused.
+# Fields of config.json that say nothing about the computation: names and versions, special tokens,
+# labels, what an older transformers wrote for sampling, what trainers and the hub left. Every other
+# field is used below or refused.
 IGNORED_FIELDS = set("""
-    architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
-    unk_token_id initializer_range pretraining_tp _name_or_path max_window_layers id2label label2id
-    _attn_implementation_autoset unsloth_version unsloth_fixed return_dict output_attentions output_hidden_states
-    chunk_size_feed_forward problem_type is_encoder_decoder _flash_attn_2_enabled max_sequence_length name_or_path
+    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path
+    _commit_hash is_llama_config transformers.js_config unsloth_version unsloth_fixed
+    bos_token_id eos_token_id pad_token_id unk_token_id tokenizer_class max_sequence_length
+    model_max_length id2label label2id problem_type use_cache return_dict output_attentions
+    output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder initializer_range
+    pretraining_tp max_window_layers neftune_noise_alpha _attn_implementation attn_implementation
+    _attn_implementation_autoset _flash_attn_2_enabled max_length min_length do_sample temperature
+    top_k top_p typical_p num_beams num_beam_groups num_return_sequences repetition_penalty
+    length_penalty
 """.split())
 
 
 def read_config(folder, others=()):
     """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field.
     others: fields that the caller answers for."""
-    path = Path(folder) / "config.json"
+    path = model_folder(folder) / "config.json"
+    if not path.exists():
+        advice = [text for name, text in OTHER_FOLDERS.items() if (path.parent / name).exists()]
+        raise ValueError(". ".join([f"{path}: not found; expected {MODEL_FILES}", *advice]))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; expected a Hugging Face model folder (config.json, *.safetensors, "
-                         "tokenizer files)") from None
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(raw, dict):
@@ -87,7 +96,7 @@ def read_config(folder, others=()):
     unread = dict(raw)
 
     def refuse(field, value, expected):
-        raise ValueError(f"{path}: {field} = {value!r} is not supported; expected {expected}. "
+        raise ValueError(f"{path}: {field} = {value!r:.200} is not supported; expected {expected}. "
                          "model.py computes Llama, Mistral, Qwen2 and Qwen3 exactly or not at all")
 
     def take(field, default=None):
@@ -141,9 +150,13 @@ def read_config(folder, others=()):
         rope_scaling=rope or None, window=window,
         tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
 
+    if take("quantization_config"):
+        refuse("quantization_config", raw["quantization_config"],
+               "weights that are not quantised: fetch the model that these were made from")
     for field, value in unread.items():
         if value and field not in IGNORED_FIELDS and field not in others:     # a null, false or empty one says nothing
-            refuse(field, value, "no such field (if it does not change the computation, add it to IGNORED_FIELDS)")
+            refuse(field, value, "no such field, or null, false or 0 (if it does not change the "
+                   "computation, add it to IGNORED_FIELDS)")
     return config
 
 
@@ -554,12 +567,82 @@ def _logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weigh
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX = "model.safetensors.index.json"      # {"weight_map": {name of a weight: its file}}
+
+# Everything in a model folder that is not weights, copied byte for byte.
+COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "original/tokenizer*",
+                "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                "tekken.json", "chat_template*", "additional_chat_templates/*")
+
+# What to do about folders that are no such model: see model_folder, weight_files and read_config.
+MODEL_FILES = "a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
+OTHER_FOLDERS = {       # by a file in them
+    "adapter_config.json": "This is a LoRA adapter: merge it into its model (merge_and_unload of "
+                           "peft) and save that",
+    "snapshots": "This is the hub's cache: name a folder of its snapshots",
+    "params.json": "These weights are in Meta's or Mistral's own layout: fetch the config.json and "
+                   "model*.safetensors of the same model",
+}
+HOW_TO_FETCH = """{0}: no such folder; expected {2}. To fetch a model of the Hugging Face hub:
+    pip install huggingface_hub
+    hf auth login       (only if the model's page asks you to agree to a licence)
+    hf download {1} --local-dir {0} --exclude 'consolidated*' --exclude '*.pth' --exclude '*.bin'"""
+HOW_TO_CONVERT = """{0}: no *.safetensors files; expected {2}. To convert {1}, with transformers:
+    python -c "from transformers import AutoModelForCausalLM as M; \
+M.from_pretrained('{0}', torch_dtype='auto').save_pretrained('{0}')\""""
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def model_folder(folder):
+    """The Path of a folder. ValueError with what to do if there is none, or half a git clone."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        is_hub_id = re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
+        local, hub = (folder.name, folder) if is_hub_id else (folder, f"ORGANISATION/{folder.name}")
+        raise ValueError(HOW_TO_FETCH.format(local, hub, MODEL_FILES))
+    refuse_pointers(file for pattern in COPIED_FILES for file in folder.glob(pattern))
+    return folder
+
+
+def refuse_pointers(files):
+    """ValueError if one is what a git clone without LFS leaves in the place of a large file."""
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as f:
+            if f.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{file}: a Git LFS pointer in the place of the file; run "
+                                 f"`git lfs pull` in {file.parent}, or fetch it by `hf download`")
+
+
+def weight_files(folder):
+    """The safetensors files that hold the model of a folder: those of the index, if there is one.
+    Others may lie beside them: Mistral's consolidated.safetensors, an adapter, an older save."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: expected a JSON object whose weight_map gives each weight "
+                             "its file; fetch it again") from None
+        if absent := [file.name for file in files if not file.exists()]:
+            raise ValueError(f"{folder}: weights are missing; {INDEX} names files that are not "
+                             f"there: {', '.join(absent)}. Fetch them, or the whole folder again")
+        return files
+    for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
+        raise ValueError(HOW_TO_CONVERT.format(folder, ", ".join(pickled), MODEL_FILES))
+    raise ValueError(f"{folder}: no *.safetensors files; expected {MODEL_FILES}. *.pth and *.gguf "
+                     "are other layouts: fetch the model*.safetensors of the same model")
 
 
 def checkpoint_tensors(folder):
-    """{name: (shape, dtype, file name)} of all *.safetensors of a folder, from their headers. Errors name the file."""
-    folder, found = Path(folder), {}
-    for file in sorted(folder.glob("*.safetensors")):
+    """{name: (shape, dtype, file name)} of a folder's weights, from the headers of its files."""
+    folder, found = model_folder(folder), {}
+    files = weight_files(folder)
+    refuse_pointers(files)
+    for file in files:
         try:
             with safe_open(file, "pt") as f:
                 header = {name: f.get_slice(name) for name in f.keys()}
@@ -568,14 +651,12 @@ def checkpoint_tensors(folder):
             raise ValueError(f"{file}: not a complete safetensors file ({e}); fetch it again") from None
         for name, (shape, dtype) in header.items():
             if name in found:
-                raise ValueError(f"{folder}: weight {name} is both in {found[name][2]} and in {file.name}; "
-                                 "move the files that do not belong to this model away")
+                raise ValueError(f"{folder}: weight {name} is both in {found[name][2]} and in "
+                                 f"{file.name}; move the files of another model away")
             if dtype not in DTYPES:
-                raise ValueError(f"{file}: weight {name} is stored as {dtype}; expected one of {', '.join(DTYPES)} "
-                                 "(quantised checkpoints cannot be trained)")
+                raise ValueError(f"{file}: weight {name} is stored as {dtype}; expected one of "
+                                 f"{', '.join(DTYPES)} (quantised checkpoints cannot be trained)")
             found[name] = shape, DTYPES[dtype], file.name
-    if not found:
-        raise ValueError(f"{folder}: no *.safetensors files; expected a Hugging Face model folder")
     return found
 
 
@@ -597,15 +678,9 @@ def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Tran
     extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
     extra -= {"lm_head.weight"} if config.tied else set()
     if missing := set(expected) - set(found):
-        index = Path(folder) / "model.safetensors.index.json"
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: expected a JSON object with a weight_map; and {len(missing)} weights are "
-                             f"missing, {min(missing)} first") from None
-        absent = sorted(f for f in files if not (Path(folder) / f).exists())
-        raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first"
-                         + (f"; the index names files that are not there: {', '.join(absent)}" if absent else ""))
+        read = sorted({file for _, _, file in found.values()})
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first, in "
+                         f"{', '.join(read)}")
     if extra:
         raise ValueError(f"{folder}: {len(extra)} weights that the model of config.json does not have, {min(extra)} "
                          f"(in {found[min(extra)][2]}) first; move files of another format or model away")
@@ -620,10 +695,13 @@ def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Tran
     tensors = model.state_dict()
     if config.tied and "lm_head.weight" in found:
         tensors["lm_head.weight"] = torch.empty_like(model.head_weight)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    files = {f"{folder}/{file}" for _, _, file in found.values()}
+    reader.fs.ls = lambda _: files          # it would read every *.safetensors that is there
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
         try:
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+            dcp.load(tensors, storage_reader=reader)
         except dcp.api.CheckpointException as e:
             raise ValueError(f"{folder}: its weights cannot be read ({e})") from None
     mine = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}     # this rank's slices
@@ -637,39 +715,62 @@ def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Tran
     return model
 
 
-# Everything in a model folder that is not weights, copied byte for byte.
-COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "original/tokenizer*", "special_tokens_map.json",
-                "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
-
-
 def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
-    """Writes `model` as a Hugging Face folder: safetensors of at most shard_bytes with their index, and config and
-    tokenizer files as they are in the folder `like`. Weights are stored in `dtype`, by default in the one each has in
-    `like` (usually bf16: a model loaded and saved is bit-equal). All ranks of a sharded model must call this together,
-    on a file system that they share; the folder then needs room for the weights twice while it is written."""
+    """Writes `model` as a Hugging Face folder: safetensors of at most shard_bytes and an index, and
+    config and tokenizer files as they are in the folder `like`. Weights are stored in `dtype`, by
+    default in the one each has in `like` (usually bf16: a model loaded and saved is bit-equal).
+    With another `dtype` config.json still names the one of `like`, and loaders that follow it, as
+    transformers 5 and vLLM do, round to that unless they are told otherwise.
+
+    All ranks of a sharded model must call this together: they gather one weight after another, and
+    rank 0, which holds those of one file at a time, writes. OSError if it cannot.
+    """
     folder, like = Path(folder), Path(like)
-    stored = checkpoint_tensors(like)
-    tensors, file_of, used, n_files = {}, {}, 0, 1
-    for name, p in model.state_dict().items():
-        tensors[name] = p.detach().to(dtype or stored[name][1])
-        size = tensors[name].numel() * tensors[name].element_size()
+    stored, weights = checkpoint_tensors(like), model.state_dict()
+    dtypes = {name: dtype or stored[name][1] for name in weights}
+    sizes = {name: p.numel() * dtypes[name].itemsize for name, p in weights.items()}
+
+    # 1. Which weights go into which file.
+    parts, used = [[]], 0
+    for name, size in sizes.items():
         if used and used + size > shard_bytes:
-            used, n_files = 0, n_files + 1
-        used, file_of[name] = used + size, n_files
-    folder.mkdir(parents=True, exist_ok=True)
-    # Each rank writes what it holds into folder/sharded, and one of them puts the slices together.
-    sharded = any(isinstance(t, DTensor) for t in tensors.values())
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=sharded,
-                                          enable_consolidation=sharded)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is ")
-        dcp.save(tensors, storage_writer=writer)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    if sharded:
-        shutil.rmtree(folder / "sharded")
-    for pattern in COPIED_FILES:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    files = dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts))
+
+    # 2. The index first: while files that it names are missing, this is no model to anybody.
+    writing = not dist.is_initialized() or dist.get_rank() == 0
+    if writing:
+        if any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder}: holds weights already; name another folder to save in")
+        folder.mkdir(parents=True, exist_ok=True)
+        weight_map = {name: file for file, part in files.items() for name in part}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    # 3. The weights. transformers 4.44 refuses files whose metadata do not name the format.
+    for file, part in files.items():
+        tensors = {}
+        for name in part:
+            t = weights[name].detach().to(dtypes[name])
+            t = t.full_tensor() if isinstance(t, DTensor) else t
+            if writing:
+                tensors[name] = t.contiguous().cpu()
+        if writing:
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as e:
+                raise OSError(f"{folder / file}: cannot be written ({e})") from None
+            shutil.copymode(folder / INDEX, folder / file)      # save_file lets only the owner read
+
+    # 4. Everything else.
+    for pattern in COPIED_FILES if writing else ():
         for file in filter(Path.is_file, like.glob(pattern)):
             target = folder / file.relative_to(like)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+    if any(isinstance(p, DTensor) for p in weights.values()):
+        dist.barrier()

@@ -10,6 +10,7 @@ writes config.toml, metrics.jsonl and step-NNNNNN/, each a Hugging Face folder w
 """
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -37,11 +38,11 @@ from data.preference import (check_fit, content_hash, epoch_steps, hold_out, kee
 from data.score import load_judge
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, end_rank, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
-                         newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, restart_count,
-                         reuse_memory, save_checkpoint, say)
+                         newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, read_run,
+                         restart_count, reuse_memory, save_checkpoint, say)
 from generate import answer
-from model import COPIED_FILES
-from tokenizer import load_chat_format, load_tokenizer
+from model import COPIED_FILES, checkpoint_tensors, read_config
+from tokenizer import check_vocabulary, load_chat_format, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -58,7 +59,8 @@ class TrainConfig:
     skip_bad_lines: bool = False              # drop and count malformed lines instead of stopping
     as_it_stands: bool = False                # take text that is laid out already (chat marks, Human: ...) as it stands
     output: str = ""                          # run folder; empty: the first free of runs/METHOD-001, -002, ...
-    chat_format: str = ""                     # llama3, chatml, ...; empty: read from the model's files
+    chat_format: str = ""                     # llama3, chatml, ...; empty: the chat template of the model's folder
+    date: str = ""                            # 2026-01-31, for templates that write it; empty: that of the run's first day
 
     # The method. Knobs left out take METHODS' defaults; a knob that the method does not have is an error.
     method: str = "alphapo"                   # alphapo, simpo or dpo
@@ -101,7 +103,8 @@ class TrainConfig:
     judge: str = ""                           # FILE.py:FUNCTION, called with (prompt turns, answer), returns a number
     judge_prompts: str = ""                   # JSON Lines of held-out prompts; one sampled answer to each is judged
     max_new_tokens: int = 512                 # of a judged answer (temperature 0.8, top_p 0.95)
-    save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files
+    save_dtype: str = ""                      # bfloat16, float32, ...; empty: as in the starting model's files. config.json
+                                              # goes on naming the starting model's
 
     # This call alone.
     resume: bool = False                      # go on from the newest complete checkpoint in `output`, if there is one
@@ -207,6 +210,10 @@ def resolve_config(config):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} = {getattr(config, name)!r}; expected {', '.join(allowed).lstrip(', ')}"
                              + (" or nothing" if "" in allowed else ""))
+    try:
+        config.date and datetime.date.fromisoformat(config.date)
+    except ValueError:
+        raise ValueError(f"date = {config.date!r}; expected a date like 2026-01-31") from None
     if not config.compute_dtype:
         compute_dtype = "bfloat16" if torch.cuda.is_available() else config.weight_dtype
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
@@ -410,6 +417,13 @@ def work_of(rows, seconds):
             "tokens_per_second": sum(tokens) / seconds}
 
 
+def first_day(config):
+    """The date for chat templates that write today's: the one given, that of the run to go on with, or today's. Rank 0
+    only."""
+    began = read_run(Path(config.output)) if config.output else None
+    return config.date or (began or {"config": {}})["config"].get("date") or datetime.date.today().isoformat()
+
+
 def tokenised_pairs(config, files, chat):
     """load_pairs, once: of large files what comes out is kept in config.cache under a hash of all that goes in, and
     all ranks of a node read it there. What is small every rank does for itself."""
@@ -422,8 +436,8 @@ def tokenised_pairs(config, files, chat):
         return load_pairs(files, chat, *limits, **flags)
     sources = ("data/files.py", "data/dialogues.py", "data/preference.py", "tokenizer.py")
     tokenizer_files = [f for pattern in COPIED_FILES for f in sorted(Path(config.model).glob(pattern)) if f.is_file()]
-    key = content_hash([*files, *tokenizer_files, *(ROOT / s for s in sources)], files, type(chat).__name__, limits,
-                       flags)
+    key = content_hash([*files, *tokenizer_files, *(ROOT / s for s in sources)], files, type(chat).__name__, chat.date,
+                       limits, flags)
     kept = Path(config.cache) / f"{key[:32]}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not kept.exists():
         workers = len(os.sched_getaffinity(0))
@@ -445,14 +459,20 @@ def report(config, model, tokenizer, chat, pairs, held_out, dropped, total_steps
     print(f"model    {config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in "
           f"{config.weight_dtype}, computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary "
           f"{c.vocab_size}, window {c.window or 'none'}")
+    fields = json.loads((Path(config.model) / "config.json").read_text(encoding="utf-8"))
+    named = fields.get("dtype") or fields.get("torch_dtype")
+    if config.save_dtype and named and config.save_dtype != named:
+        print(f"saving   in {config.save_dtype}; config.json goes on naming {named}, to which transformers 5 and "
+              f"vLLM round unless they are told dtype={config.save_dtype}")
     print("shards   weights "
           + ("whole on the one rank" if not isinstance(model, FSDPModule) else
              f"sharded over {local if config.shard_within_node else world}"
              + (f" and replicated {world // local} times" if config.shard_within_node else "")
              + (", resting in CPU memory" if config.cpu_offload else "")))
-    print(f"tokens   {type(tokenizer).__name__} of {tokenizer.vocab_size}, chat format {type(chat).__name__} "
-          f"({'--chat_format' if config.chat_format else 'read from the files'}), generation ends at "
+    print(f"tokens   {type(tokenizer).__name__} of {tokenizer.vocab_size}, generation ends at "
           f"{' '.join(tokenizer.piece(i) for i in sorted(chat.stop_ids))}")
+    print(f"layout   {chat.source}" + (f" on {chat.date}" if chat.date else "")
+          + f"; without a system turn it begins {chat.opening()!r}")
     print(f"data     {len(pairs)} pairs to train on, {len(held_out)} held out; {sum(dropped.values())} dropped"
           + "".join(f"\n         - {n} dropped: {reason}" for reason, n in dropped.most_common()))
     print(f"lengths  tokens, least / median / 90 % / most: prompt {quantiles([len(p.prompt) for p in pairs])}; chosen "
@@ -484,8 +504,13 @@ def run(config, device):
     # 1. Data: tokens of all pairs, in the memory of every rank.
     world = dist.get_world_size()
     say(f"ranks    {world} on {device.type}")
+    read_config(config.model)               # what cannot be trained is refused before data are read
+    checkpoint_tensors(config.model)
     tokenizer = load_tokenizer(config.model)
-    chat = load_chat_format(config.model, tokenizer, config.chat_format or None)
+    chat = load_chat_format(config.model, tokenizer, config.chat_format or None, from_rank_0(lambda: first_day(config)))
+    if config.date and not chat.date:
+        raise ValueError(f"date = {config.date} is given, but {chat.source} writes none; leave it out")
+    config = dataclasses.replace(config, date=chat.date or "")
     pairs, dropped = tokenised_pairs(config, config.data, chat)
     if config.eval_data:
         held_out, dropped_held_out = tokenised_pairs(config, config.eval_data, chat)
@@ -503,9 +528,7 @@ def run(config, device):
 
     # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
     model = load_sharded(config, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{config.model}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
-                         f"{model.config.vocab_size} rows; the files do not belong together")
+    check_vocabulary(config.model, chat, model.config.vocab_size)
     longest = max(pairs + held_out, key=lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)))
     if len(longest.prompt) + max(len(longest.chosen), len(longest.rejected)) > model.config.max_positions:
         raise ValueError(f"{longest.source}: longer than the {model.config.max_positions} positions of {config.model}; "

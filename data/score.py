@@ -6,8 +6,8 @@
 A judge is a Python function, called with (prompt turns, answer), that returns a number. A reward model is a folder in
 Hugging Face's format with one of two heads in place of the vocabulary: a single number, `score.weight` (1, dim), as of
 LlamaForSequenceClassification (Mistral's and Qwen's are alike), or ArmoRM's gated objectives. It reads the end token of
-an answer that is laid out by the chat format of its own files. Where its makers' template differs from that (a date in
-the system turn, a newline after the end token), so do the scores.
+an answer that is laid out by the chat template of its own folder. Where a template writes more after that (ChatML's
+newline), transformers reads the last token of that, and its scores differ.
 
 Several scorers may be given. `all_rm_scores` is then their mean, and `all_scorer_scores` holds the list of each one,
 judges first. Nothing is rescaled: next to scores from 0 to 100 those from 0 to 1 do not count, so the end of a run
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 from data.files import parse_line, read_rows, written_whole
 from data.preference import as_answers
 from model import Transformer, causal_attention, checkpoint_tensors, load_model
-from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
+from tokenizer import CHAT_FORMATS, check_vocabulary, load_chat_format, load_tokenizer
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU. At 8B in bf16 the
 # widest activations, two of the MLP, take 1 GB.
@@ -169,22 +169,21 @@ def rewards(model, prompt, answers):
     return model.reward(states[ends].float(), states[:P].float())
 
 
-def reward_scorer(folder, chat_format=None):
+def reward_scorer(folder, chat_format=None, date=None):
     """The scorer of a reward model's folder: (prompt turns, N answers) -> N floats."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint_tensors(folder)              # what is no model folder is told to be none first
     tokenizer = load_tokenizer(folder)
-    chat = load_chat_format(folder, tokenizer, chat_format)
+    chat = load_chat_format(folder, tokenizer, chat_format, date)
     model = load_reward_model(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
     longest, prompt_end = model.config.max_positions, getattr(model, "prompt_end", [])
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding "
-                         f"{model.config.vocab_size} rows; the files do not belong together")
+    check_vocabulary(folder, chat, model.config.vocab_size)
     if model.pad_id == chat.end_id:
         raise ValueError(f"{folder}: pad_token_id = {model.pad_id} of config.json is the end token of an answer, so that "
                          "transformers reads the token before it; to read the end token set it to null")
     if prompt_end and chat.encode_prompt([{"role": "user", "content": "Hi"}])[-len(prompt_end):] != prompt_end:
-        raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; chat format "
-                         f"{type(chat).__name__} of this tokenizer ends it otherwise")
+        raise ValueError(f"{folder}: its gate reads Llama-3's tokens {prompt_end} at the end of a prompt; {chat.source} "
+                         "ends it otherwise")
 
     def encode(turns, answers):
         prompt, ids = chat.encode_prompt(turns), [*map(chat.encode_response, answers)]
@@ -204,6 +203,7 @@ def reward_scorer(folder, chat_format=None):
         return torch.cat([rewards(model, prompt, row) for row in rows]).tolist()
 
     score.check = encode        # ValueError for what is too long, before anything is scored
+    score.date = chat.date      # of a chat template that writes it
     return score
 
 
@@ -265,6 +265,7 @@ def main(argv=None):
     parser.add_argument("--judge", nargs="+", default=[], metavar="FILE.py:FUNCTION")
     parser.add_argument("--reward_model", nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--chat_format", choices=CHAT_FORMATS, help="of reward models; if not given as their files say")
+    parser.add_argument("--date", help="2026-01-31, for chat templates of reward models that write it; today if not given")
     parser.add_argument("--skip_bad_lines", action="store_true",
                         help="drop and count bad lines, and those with answers too long to score, instead of stopping")
     parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
@@ -276,8 +277,11 @@ def main(argv=None):
     for _ in read():        # bad lines are found now, and not when all models are loaded
         pass
     scorers = [judge_scorer(name) for name in args.judge]
-    scorers += [reward_scorer(folder, args.chat_format) for folder in args.reward_model]
-    names = [Path(name).name for name in args.judge] + [Path(folder).resolve().name for folder in args.reward_model]
+    models = [reward_scorer(folder, args.chat_format, args.date) for folder in args.reward_model]
+    names = [Path(name).name for name in args.judge]
+    names += [Path(folder).resolve().name + (f" on {scorer.date}" if scorer.date else "")
+              for folder, scorer in zip(args.reward_model, models)]
+    scorers += models
     dropped = Counter()
     total = sum(1 for _ in read(scorers, dropped))          # and answers that are too long not in an hour
     for reason, n in dropped.most_common():

@@ -129,7 +129,7 @@ def test_a_system_column_is_seen_by_every_command(run, tmp_path):
         run.output.unlink(missing_ok=True)
     tokenizer = train.load_tokenizer(TINY)
     texts = [tokenizer.decode(pair.prompt.tolist()) for pair in judged["train"][:2]]
-    assert texts[0].startswith("Be brief.") and not texts[1].startswith("Be brief.")
+    assert texts[0].startswith(" Be brief.") and not texts[1].startswith(" Be brief.")     # the template's space
     assert judged["generate"][0]["system"] == "Be brief."                   # for the next command
     assert judged["score"][0]["all_rm_scores"] == [len("Be brief.moss, owl."), len("Be brief.owl 0")]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPTS[0]["prompt"]}]

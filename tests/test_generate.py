@@ -4,6 +4,7 @@ AlpacaEval and Arena-Hard.
     pytest tests/test_generate.py
 """
 import json
+import shutil
 import subprocess
 import sys
 from itertools import accumulate
@@ -12,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 import generate as generate_py
 from data.preference import encode_pair
 from data.prompts import read_prompts
 from generate import answer, generate, main, sample
+from layouts import write_layout
 from model import load_model
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, write_smollm2_tokenizer
 from small import small_model
@@ -294,6 +298,56 @@ def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, 
     with pytest.raises(ValueError, match="top_p = 2.0; expected more than 0"):
         run(prompts_file, tmp_path / "new.jsonl", "--top_p", "2")
     assert not (tmp_path / "new.jsonl.parts").exists()
+
+
+def test_sampled_words_come_back_as_the_same_ids_and_answers_that_do_not_are_counted(tmp_path, monkeypatch, capsys):
+    # A random model of Qwen's kind of vocabulary that writes <tool_call>, which is one token and shows in text.
+    write_layout("qwen2.5-instruct", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    model = small_model(tmp_path, dtype=torch.float32, vocab_size=tokenizer.vocab_size + 7)     # ids without a token
+    likely = [*tokenizer.words.values(), tokenizer.special["<|im_end|>"], tokenizer.vocab_size + 3]
+    likely += tokenizer.encode("So it is: a b c, 4 2. Or\n", bos=False, eos=False)
+    model.lm_head.weight.data *= 0.01
+    model.lm_head.weight.data[likely] *= 300
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    lines = [json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(50)]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    sampled, unharmed = [], generate_py.generate
+    monkeypatch.setattr(generate_py, "generate", lambda *args, **settings:
+                        sampled.extend(answers := unharmed(*args, **settings)) or answers)
+    main(["--model", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "a.jsonl"),
+          "--samples", "4", "--batch_size", "200", "--max_new_tokens", "12", "--temperature", "1", "--top_p", "1"])
+
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = load_chat_format(tmp_path, tokenizer)
+    texts = [text for row in map(json.loads, open(tmp_path / "a.jsonl")) for text in row["all_generated_responses"]]
+    same = words = 0
+    for ids in (ids for some in sampled for ids in some):
+        text = reference.decode([i for i in ids if i < tokenizer.vocab_size], skip_special_tokens=True)
+        again = reference(text, add_special_tokens=False).input_ids
+        assert text in texts and chat.encode_response(text) == [*again, chat.end_id]
+        same += again == ids
+        words += again == ids and not set(ids).isdisjoint(tokenizer.words.values())
+    assert len(texts) == 200 and words > 20 and 20 < same < 180
+    assert f"; {200 - same} encode to other tokens than were sampled" in capsys.readouterr().out
+
+
+def test_a_job_goes_on_with_the_date_of_its_first_day(prompts_file, tmp_path, monkeypatch):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    job = lambda output, *flags: run(prompts_file, tmp_path / output, "--model", str(model), *flags)
+    whole = job("whole.jsonl", "--date", "2026-01-31")
+
+    def dies(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate_py, "answers_text", dies)
+        job("killed.jsonl", "--date", "2026-01-31")
+    with pytest.raises(ValueError, match="date = '2026-01-31', found '2026-02-01' now"):
+        job("killed.jsonl", "--date", "2026-02-01")
+    assert job("killed.jsonl") == whole                                     # on a later day
 
 
 def test_ranks_write_the_same_bytes_as_one(prompts_file, tmp_path):

@@ -598,10 +598,11 @@ def test_a_malformed_index_of_missing_weights_is_an_error_that_names_it(text, sh
 
 
 def test_a_weight_in_two_files_is_an_error_that_names_it_and_both(sharded):
+    (sharded / "model.safetensors.index.json").unlink()         # which would say what counts
     first = sorted(sharded.glob("*.safetensors"))[0]
     name, weight = next(iter(load_file(first).items()))
-    save_file({name: weight}, sharded / "other.safetensors")
-    with pytest.raises(ValueError, match=f"{name}.*{first.name}.*other.safetensors"):
+    save_file({name: weight}, sharded / "model-other.safetensors")
+    with pytest.raises(ValueError, match=f"{name}.*{first.name}.*model-other.safetensors"):
         load_model(sharded)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -640,6 +641,12 @@ def test_a_model_loaded_in_slices_and_saved_is_bit_equal(world, options, nodes, 
     before, after = load_file(MODEL / "model.safetensors"), {}
     for file in saved.glob("*.safetensors"):
         after |= load_file(file)
+        with safe_open(file, "pt") as f:
+            assert f.metadata() == {"format": "pt"}
+        assert file.stat().st_mode == (saved / "config.json").stat().st_mode
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+    assert index["metadata"]["total_size"] == sum(w.nbytes for w in after.values())
     assert before.keys() == after.keys() and not (saved / "sharded").exists()
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
     assert (len(list(saved.glob("*.safetensors"))) > 1) == (shard_bytes < 10**6)

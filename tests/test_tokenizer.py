@@ -4,15 +4,19 @@
 """
 import ast
 import base64
+import datetime
+import io
 import json
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import unicodedata
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from llama_models.llama3.tokenizer import Tokenizer as Llama3Tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +24,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import tokenizer as tokenizer_module
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, llama3_prompt, mistral_ids, write_smollm2_tokenizer
-from tokenizer import CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
+from tokenizer import BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
 
 # --- generated dialogues ----------------------------------------------------------------------------------------------
 
@@ -85,12 +89,13 @@ def tokenizers(folders):
 def chats(folders, tokenizers):
     kinds = {"llama3": ("llama3", "llama3"), "mistral v1": ("v1", "mistral-v1"), "mistral v2": ("v2", "mistral-v3"),
              "mistral v3": ("v3", "mistral-v3"), "llama2": ("v1", "llama2"), "zephyr": ("v1", "zephyr"),
-             "chatml": ("smollm2", "chatml")}
+             "chatml": ("smollm2", "chatml"), "smollm2": ("smollm2", None)}
     return {name: load_chat_format(folders[model], tokenizers[model], chat_format)
             for name, (model, chat_format) in kinds.items()}
 
 
-CHATS = ["llama3", "mistral v1", "mistral v2", "mistral v3", "llama2", "zephyr", "chatml"]
+STRIPPING = ["llama3", "mistral v1", "mistral v2", "mistral v3", "llama2", "zephyr", "chatml"]     # by hand
+CHATS = [*STRIPPING, "smollm2"]                     # and by the folder's template
 
 
 def whole(chat, dialogue):
@@ -118,7 +123,7 @@ def test_llama3_ids_equal_llama_models(chats):
 def test_chatml_ids_equal_transformers_chat_template(chats, folders):
     reference = PreTrainedTokenizerFast.from_pretrained(folders["smollm2"])
     encode = lambda messages, **options: reference.apply_chat_template(messages, return_dict=False, **options)
-    chat, newline = chats["chatml"], [198]                  # the template ends every turn with a newline
+    chat, newline = chats["smollm2"], [198]                  # the template ends every turn with a newline
     for dialogue in PLAIN:
         assert chat.encode_prompt(dialogue[:-1]) == encode(dialogue[:-1], add_generation_prompt=True)
         assert whole(chat, dialogue) + newline == encode(dialogue)
@@ -135,7 +140,7 @@ def test_chatml_ids_of_text_that_reads_like_control_tokens_equal_the_tokenizers_
         for message in dialogue if dialogue[0]["role"] == "system" else [default, *dialogue]:
             expected += [start, *reference.encode(f"{message['role']}\n{message['content']}").ids, end]
             expected += reference.encode("\n").ids
-        assert whole(chats["chatml"], dialogue) == expected[:-1]
+        assert whole(chats["smollm2"], dialogue) == expected[:-1]
 
 
 def test_llama2_ids_equal_metas_reference_code(chats, tokenizers):
@@ -183,7 +188,8 @@ SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolL
     ("mistral v3", "<s>[INST] Hi there[/INST]", " Hello!</s>"),
     ("llama2", "<s> [INST] Hi there [/INST]", " Hello! </s>"),       # sentencepiece begins every text with a space
     ("zephyr", " <|user|>\nHi there</s> \n<|assistant|>\n", "Hello!</s>"),
-    ("chatml", SMOLLM2_SYSTEM + "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n", "Hello!<|im_end|>"),
+    ("chatml", "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n", "Hello!<|im_end|>"),
+    ("smollm2", SMOLLM2_SYSTEM + "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n", "Hello!<|im_end|>"),
 ])
 def test_one_turn_is_spelled(chats, name, prompt, response):
     chat = chats[name]
@@ -248,7 +254,7 @@ def test_text_never_becomes_a_control_token(chats, name):
     assert controls(hostile) == controls(SYSTEM_TWO_TURNS)
 
 
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("name", STRIPPING)
 def test_surrounding_white_space_is_stripped(chats, name):
     padded = [message | {"content": f"\n\t {message['content']} \u3000\n"} for message in SYSTEM_TWO_TURNS]
     assert chats[name].encode_prompt(padded) == chats[name].encode_prompt(SYSTEM_TWO_TURNS)
@@ -277,70 +283,189 @@ def test_stop_ids_are_the_formats_end_tokens_and_those_of_the_generation_config(
 
 # --- which chat format a folder has -----------------------------------------------------------------------------------
 
-TEMPLATES = {
-    "llama3": "{{ bos_token }}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}",
-    "mistral-v1": "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{{ message['content'] + eos_token }}",
-    "mistral-v3": "{{ bos_token + '[INST] ' + message['content'] + '[/INST]' }}{{ message['content'] + eos_token }}",
-    "llama2": "{{ bos_token + '[INST] <<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] + ' [/INST]' }}",
-    "zephyr": "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}",
-    "chatml": "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"}
-MODEL_OF = {"llama3": "llama3", "mistral-v1": "v1", "mistral-v3": "v3", "llama2": "v1", "zephyr": "v1",
-            "chatml": "smollm2"}
+PLAIN_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+                  "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
+OTHER_TEMPLATE = PLAIN_TEMPLATE.replace("INST", "USER")
 
 
-def write_settings(folder, chat_template):
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
+def write_settings(folder, chat_template, **settings):
+    settings = {"chat_template": chat_template, "bos_token": "<s>", "eos_token": "</s>"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def test_every_format_is_tested_here():
-    assert set(TEMPLATES) == set(CHAT_FORMATS)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_format_is_detected_from_the_chat_template_wherever_it_stands(tokenizers, tmp_path, name):
-    tokenizer = tokenizers[MODEL_OF[name]]
-    other = TEMPLATES["zephyr" if name == "chatml" else "chatml"]
-    detected = lambda: type(load_chat_format(tmp_path, tokenizer))
-    write_settings(tmp_path, TEMPLATES[name])
-    assert detected() is CHAT_FORMATS[name]
-    templates = {"tool_use": other, "default": TEMPLATES[name]}
-    write_settings(tmp_path, [{"name": name, "template": template} for name, template in templates.items()])
-    assert detected() is CHAT_FORMATS[name]
-    write_settings(tmp_path, other)                                     # chat_template.jinja goes before it
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    assert detected() is CHAT_FORMATS[name]
+def test_the_chat_template_is_found_wherever_it_stands(tokenizers, tmp_path):
+    opening = lambda: load_chat_format(tmp_path, tokenizers["v1"]).opening()
+    write_settings(tmp_path, PLAIN_TEMPLATE)
+    assert opening() == "<s>[INST] "
+    write_settings(tmp_path, [{"name": "tool_use", "template": OTHER_TEMPLATE},
+                              {"name": "default", "template": PLAIN_TEMPLATE}])
+    assert opening() == "<s>[INST] "
+    write_settings(tmp_path, OTHER_TEMPLATE)                            # chat_template.jinja goes before it
+    (tmp_path / "chat_template.jinja").write_text(PLAIN_TEMPLATE, encoding="utf-8")
+    assert opening() == "<s>[INST] "
 
 
 @pytest.mark.parametrize("model, name", [("llama3", "llama3"), ("v2", "mistral-v3"), ("v3", "mistral-v3"),
                                          ("smollm2", "chatml")])
 def test_format_is_detected_from_the_control_tokens_without_a_template(tokenizers, tmp_path, model, name):
-    assert type(load_chat_format(tmp_path, tokenizers[model])) is CHAT_FORMATS[name]
+    chat = load_chat_format(tmp_path, tokenizers[model])
+    assert type(chat) is CHAT_FORMATS[name]
+    assert type(chat).__name__ in chat.source and "no chat template" in chat.source
 
 
 def test_a_format_asked_for_by_name_goes_before_the_template(tokenizers, tmp_path):
-    write_settings(tmp_path, TEMPLATES["mistral-v1"])
+    write_settings(tmp_path, PLAIN_TEMPLATE)
     for name in ("llama2", "zephyr", "mistral-v1"):
-        assert type(load_chat_format(tmp_path, tokenizers["v1"], name)) is CHAT_FORMATS[name]
+        chat = load_chat_format(tmp_path, tokenizers["v1"], name)
+        assert type(chat) is CHAT_FORMATS[name] and "--chat_format" in chat.source
 
 
-def test_chatml_without_a_default_system_line_in_its_template_adds_none(tokenizers, tmp_path):
-    write_settings(tmp_path, TEMPLATES["chatml"])
-    chat = load_chat_format(tmp_path, tokenizers["smollm2"])
+@pytest.mark.parametrize("model", ["v1", "v7"])
+def test_a_format_that_cannot_be_told_is_an_error_that_names_the_folder_and_the_choices(tokenizers, tmp_path, model):
+    with pytest.raises(ValueError) as error:
+        load_chat_format(tmp_path, tokenizers[model])
+    assert all(word in str(error.value) for word in [str(tmp_path), "--chat_format", *CHAT_FORMATS])
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+CHATML_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+                   "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def template_chat(folder, tokenizer, template, date=None, **settings):
+    write_settings(folder, template, **settings)
+    return load_chat_format(folder, tokenizer or load_tokenizer(folder), date=date)
+
+
+def test_a_template_without_a_default_system_line_adds_none(tokenizers, tmp_path):
+    chat = template_chat(tmp_path, tokenizers["smollm2"], CHATML_TEMPLATE)
     assert spell(chat.tokenizer, chat.encode_prompt(ONE_TURN)) == \
         "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("model, template", [
-    ("v1", None), ("v7", None), ("v1", "{{ '<start_of_turn>' + role + '\n' + content + '<end_of_turn>\n' }}"),
-    ("llama3", "{{ '<|header_start|>' + role + '<|header_end|>\n\n' + content + '<|eot|>' }}"),
-    ("v7", "{{ '[SYSTEM_PROMPT] ' + content + '[/SYSTEM_PROMPT][INST] ' + content + '[/INST]' }}"),
-    ("v1", "{{ '<|user|>' + content + '<|end|>\n<|assistant|>\n' }}")])
-def test_a_format_that_cannot_be_told_is_an_error_that_names_the_folder_and_the_choices(
-        tokenizers, tmp_path, model, template):
-    write_settings(tmp_path, template)
+def test_what_the_template_strips_is_stripped_and_no_more(tokenizers, tmp_path):
+    padded = [{"role": "user", "content": " \tHi there\n "}]
+    as_it_is = template_chat(tmp_path, tokenizers["smollm2"], CHATML_TEMPLATE)
+    assert "user\n \tHi there\n <|im_end|>" in spell(as_it_is.tokenizer, as_it_is.encode_prompt(padded))
+    assert as_it_is.encode_response("    return x") != as_it_is.encode_response("return x")
+    trims = template_chat(tmp_path, tokenizers["smollm2"], CHATML_TEMPLATE.replace("m['content']", "m['content']|trim"))
+    assert trims.encode_prompt(padded) == as_it_is.encode_prompt(ONE_TURN)
+    assert trims.encode_response("    return x ") == as_it_is.encode_response("return x")
+
+
+def test_a_template_that_asks_for_the_date_gets_one_that_is_kept(tokenizers, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML_TEMPLATE
+    chat = template_chat(tmp_path, tokenizers["smollm2"], template, date="2026-01-31")
+    assert chat.date == "2026-01-31"
+    assert spell(chat.tokenizer, chat.encode_prompt(ONE_TURN)).startswith("31 Jan 2026\n<|im_start|>user")
+    today = template_chat(tmp_path, tokenizers["smollm2"], template)
+    assert today.date == datetime.date.today().isoformat()
+    assert template_chat(tmp_path, tokenizers["smollm2"], CHATML_TEMPLATE, date="2026-01-31").date is None
+
+
+def test_tokens_written_around_turns_never_come_from_text_whatever_their_flag(tmp_path, folders):
+    # As R1-Distill's <|User|>: special: false, like the <think> that its answers hold.
+    add_words(shutil.copytree(folders["smollm2"], tmp_path / "m"), "<turn>", "<think>", "</think>")
+    template = ("{% for m in messages %}{% if m['role'] == 'user' %}<turn>{{ m['content'] }}<|im_start|>{% else %}"
+                "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}<think>\n{% endif %}")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    chat = template_chat(tmp_path / "m", tokenizer, template)
+    turn, think, unthink = (tokenizer.names[name] for name in ("<turn>", "<think>", "</think>"))
+    prompt = chat.encode_prompt([{"role": "user", "content": "<turn>Hi<|im_end|><think>"}])
+    assert prompt.count(turn) == 1 and prompt.count(chat.end_id) == 0
+    assert prompt.count(think) == 2                 # that of the text, and that of the generation prompt
+    response = chat.encode_response("So.</think><turn>Hello!")
+    assert response.count(unthink) == 1 and turn not in response and response[-1] == chat.end_id
+    assert chat.decode_response(response[:-1]) == "So.</think><turn>Hello!"
+
+
+def test_control_tokens_within_control_tokens_in_text_stay_text(tokenizers, tmp_path):
+    chat = template_chat(tmp_path, tokenizers["smollm2"], CHATML_TEMPLATE)
+    for text in ("<|im_<|im_end|>end|>", "<|im_end|><|im_end|>", "<<|im_start|>|im_start|>"):
+        assert spell(chat.tokenizer, chat.encode_response(text)) == text + "<|im_end|>"
+        assert chat.encode_response(text).count(chat.end_id) == 1
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", ["more than"]),
+    ("{% for i in range(100000) %}{{ 'twenty characters...' }}{% endfor %}", ["characters"]),
+    ("{{ 9 ** 9 ** 9 }}", ["no use for **"]), ("{{ 'x' * 10000000 }}", ["no use for *"]),
+    ("{{ messages.append(1) }}", ["unsafe"]), ("{{ ''.__class__.__mro__ }}", ["unsafe"]),
+    ("{{ messages[0]['content'] }", ["unexpected"]), ("{{ nothing.at_all }}", ["undefined"]),
+    ("{{ raise_exception('only for tools') }}", ["only for tools"]),
+    ("{{ messages[-1]['content'] }}", ["opens and closes responses in different ways"]),
+    (PLAIN_TEMPLATE.replace(" + eos_token", ""), ["closes a response with ''"]),
+    ("{{ messages[0]['content'] + eos_token }}", ["leaves the last turn"]),
+    ("{% if add_generation_prompt %}ONE{% else %}TWO{% endif %}" + PLAIN_TEMPLATE, ["'ONE<s>[INST]", "'TWO<s>[INST]"])])
+def test_a_template_that_cannot_be_followed_is_refused(tokenizers, tmp_path, monkeypatch, template, words):
+    monkeypatch.setattr(tokenizer_module, "SECONDS", 0.2)
     with pytest.raises(ValueError) as error:
-        load_chat_format(tmp_path, tokenizers[model])
-    assert all(word in str(error.value) for word in [str(tmp_path), "--chat_format", *CHAT_FORMATS])
+        template_chat(tmp_path, tokenizers["v1"], template)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)
+
+
+@pytest.mark.parametrize("text", [BREAK, f"a{BREAK}{BREAK}b<|im_end|>{BREAK}", f"<{BREAK}|im_end|>"])
+def test_the_character_that_breaks_names_may_stand_in_text(tokenizers, tmp_path, text):
+    chat = template_chat(tmp_path, tokenizers["llama3"], CHATML_TEMPLATE.replace("<|im_end|>", "<|eot_id|>"))
+    *content, end = chat.encode_response(text)
+    assert content == chat.tokenizer.encode(text, bos=False, eos=False) and end == chat.end_id
+    assert chat.decode_response(content) == text
+
+
+def test_a_template_that_leaves_turns_out_is_refused_where_there_are_such_turns(tokenizers, tmp_path):
+    template = CHATML_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    chat = template_chat(tmp_path, tokenizers["smollm2"], template)
+    chat.encode_prompt(ONE_TURN)
+    with pytest.raises(ValueError, match="leaves system turns out"):
+        chat.encode_prompt(SYSTEM_TWO_TURNS)
+
+
+def test_named_templates_without_a_default_are_refused(tokenizers, tmp_path):
+    write_settings(tmp_path, [{"name": "tool_use", "template": PLAIN_TEMPLATE}])
+    with pytest.raises(ValueError, match="named tool_use; expected one named default"):
+        load_chat_format(tmp_path, tokenizers["v1"])
+    assert type(load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1")) is CHAT_FORMATS["mistral-v1"]
+
+
+def test_a_template_is_read_in_another_thread_too(tokenizers, tmp_path):
+    write_settings(tmp_path, PLAIN_TEMPLATE)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(load_chat_format(tmp_path, tokenizers["v1"]).opening()))
+    thread.start()
+    thread.join()
+    assert found == ["<s>[INST] "]
+
+
+def test_a_template_without_jinja2_is_an_error_that_says_what_to_do(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    write_settings(tmp_path, PLAIN_TEMPLATE)
+    with pytest.raises(ValueError, match="pip install jinja2"):
+        load_chat_format(tmp_path, tokenizers["v1"])
+    load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1")
+
+
+def test_a_template_that_refuses_a_dialogue_is_quoted(tokenizers, tmp_path):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}"
+    chat = template_chat(tmp_path, tokenizers["smollm2"], template + CHATML_TEMPLATE)
+    chat.encode_prompt(ONE_TURN)
+    with pytest.raises(ValueError, match="No system, please"):
+        chat.encode_prompt(SYSTEM_TWO_TURNS)
+
+
+def test_a_generation_block_and_loop_controls_are_read(tokenizers, tmp_path):
+    template = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% continue %}"
+                "{% endif %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}")
+    chat = template_chat(tmp_path, tokenizers["v1"], template)
+    assert chat.encode_response("Hello!")[-1] == 2 and len(chat.encode_response("Hello!")) == 3
+
+
+def test_the_command_shows_a_dialogue_and_compares_it(folders, capsys):
+    tokenizer_module.main([str(folders["smollm2"])])
+    out = capsys.readouterr().out
+    assert "named SmolLM" in out and "'<|im_start|>'" in out and "response, which is scored" in out
+    assert "4 prompts have the ids of transformers" in out
 
 
 def test_an_unknown_format_is_an_error_that_names_the_choices(tokenizers, tmp_path):
@@ -446,9 +571,10 @@ def test_metas_tokenizer_model_is_found_in_the_folder_original(folders, tokenize
     assert load_tokenizer(tmp_path).encode("Hi there", bos=True, eos=True) == [128000, 13347, 1070, 128001]
 
 
-def test_tokenizer_model_goes_before_tokenizer_json(small_bpe, folders):
-    assert isinstance(load_tokenizer(small_bpe), BytePairTokenizer)
+def test_tokenizer_json_goes_before_tokenizer_model_as_in_transformers_and_vllm(small_bpe, folders):
     shutil.copy(folders["v1"] / "tokenizer.model", small_bpe)
+    assert isinstance(load_tokenizer(small_bpe), BytePairTokenizer)
+    (small_bpe / "tokenizer.json").unlink()
     assert isinstance(load_tokenizer(small_bpe), SentencePieceTokenizer)
 
 
@@ -553,6 +679,19 @@ def test_another_normalizer_is_refused(small_bpe, normalizer):
     refuse(small_bpe, "tokenizer.json", normalizer["type"])
 
 
+@pytest.mark.parametrize("i", [-1, 10**10, 5, 1.5, True, None, "7"])
+def test_a_vocabulary_with_an_impossible_id_is_refused(small_bpe, i):
+    change_json(small_bpe, lambda spec: spec["model"]["vocab"].update({"a": i}))
+    refuse(small_bpe, "tokenizer.json", "ids of its vocabulary")
+
+
+@pytest.mark.parametrize("token", [{"content": "", "id": 1200}, {"content": None, "id": 1200}, {"content": "<a>"},
+                                   {"content": "<a>", "id": None}, {"content": "<a>", "id": 7}, "<a>"])
+def test_an_impossible_added_token_is_refused(small_bpe, token):
+    change_json(small_bpe, lambda spec: spec["added_tokens"].append(token))
+    refuse(small_bpe, str(small_bpe))
+
+
 def test_merges_out_of_the_order_of_the_vocabulary_are_refused(small_bpe):
     change_json(small_bpe, lambda spec: spec["model"]["merges"].reverse())
     refuse(small_bpe, "tokenizer.json", "merges")
@@ -565,16 +704,42 @@ def test_a_token_that_no_merge_makes_is_refused(small_bpe):
     refuse(small_bpe, "tokenizer.json")
 
 
-def test_a_word_that_a_model_may_write_is_shown_and_control_tokens_are_not(small_bpe):
+def add_words(folder, *words):
     def add(spec):
         free = 1 + max(*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"]), 0)
-        spec["added_tokens"] += [{"id": free, "content": "<think>", "special": False},
-                                 {"id": free + 1, "content": "<end>", "special": True}]
-    change_json(small_bpe, add)
-    tokenizer = load_tokenizer(small_bpe)
+        spec["added_tokens"] += [{"id": free + i, "content": word, "special": word == "<end>"}
+                                 for i, word in enumerate(words)]
+    change_json(folder, add)
+    return folder
+
+
+def test_a_word_that_a_model_may_write_is_one_token_and_shown_and_control_tokens_are_not(small_bpe):
+    tokenizer = load_tokenizer(add_words(small_bpe, "<think>", "<end>"))
     hi, end = tokenizer.encode("hi", bos=False, eos=False), tokenizer.special["<end>"]
     assert tokenizer.decode([end - 1, *hi, end]) == "<think>hi" and tokenizer.piece(end) == "<end>"
-    assert end - 1 not in tokenizer.encode("<think>", bos=False, eos=False) and tokenizer.vocab_size == end + 1
+    assert tokenizer.encode("<think>hi", bos=False, eos=False) == [end - 1, *hi]
+    assert end not in tokenizer.encode("<end>", bos=False, eos=False) and tokenizer.vocab_size == end + 1
+
+
+def test_a_symbol_of_the_sentencepiece_model_that_is_a_control_token_stays_text_in_text(tmp_path):
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=trained, model_type="bpe", vocab_size=1200, byte_fallback=True,
+        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    special = {str(i): {"content": name, "special": True} for i, name in ((3, "<|im_start|>"), (4, "<|im_end|>"))}
+    chat = template_chat(tmp_path, None, CHATML_TEMPLATE, added_tokens_decoder=special)
+    assert chat.tokenizer.model.encode("a<|im_end|>").count(4) == 1         # the library itself would take it
+    for text in ("<|im_end|>", "a <|im_start|><|im_end|> b <|im_end|>"):
+        *content, end = chat.encode_response(text)
+        assert end == 4 and {3, 4}.isdisjoint(content) and chat.decode_response(content) == text
+
+
+def test_an_id_without_a_token_decodes_to_nothing(tokenizers):
+    for name, tokenizer in tokenizers.items():
+        hi = tokenizer.encode("Hi there", bos=False, eos=False)
+        assert tokenizer.decode([*hi, tokenizer.vocab_size + 5]) == "Hi there", name
+        assert tokenizer.piece(tokenizer.vocab_size + 5) == ""
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral v1", "chatml"])
@@ -623,10 +788,12 @@ def test_tiktoken_ranks_with_a_bad_line_are_refused(tmp_path, last_line):
     refuse(tmp_path, "tokenizer.model")
 
 
-def test_tokenizer_py_can_be_copied_alone_and_needs_sentencepiece_and_tiktoken_alone(tmp_path):
+def test_tokenizer_py_can_be_copied_alone_and_needs_few_libraries(tmp_path):
     copy = shutil.copy(tokenizer_module.__file__, tmp_path)
-    subprocess.run([sys.executable, "-I", copy], cwd=tmp_path, check=True)      # -I: sys.path holds no folder of ours
+    subprocess.run([sys.executable, "-I", copy, "--help"], cwd=tmp_path, check=True)      # -I: sys.path holds no folder of ours
     nodes = list(ast.walk(ast.parse(Path(copy).read_text(encoding="utf-8"))))
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
-    assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"sentencepiece", "tiktoken"}
+    # jinja2 only for folders with a chat template, transformers only to compare with it.
+    assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == \
+        {"sentencepiece", "tiktoken", "jinja2", "transformers"}

@@ -295,6 +295,47 @@ def test_the_saved_config_repeats_the_run_exactly(run, tmp_path):
     assert strip(metrics_of_run(tmp_path / "again")) == strip(metrics_of_run(run[0]))
 
 
+def dated_model(folder):
+    """The embedded model with a chat template that writes the date."""
+    shutil.copytree(TINY / "model", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ bos_token + strftime_now('%d %b %Y') }}" + settings["chat_template"][len("{{ bos_token }}"):]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_templates_date_is_kept_with_the_run_and_used_again_by_resume(tmp_path, capsys):
+    config = tiny_config(tmp_path / "out", model=str(dated_model(tmp_path / "model")), eval_pairs=0, max_steps=1)
+    main(dataclasses.replace(config, date="2026-01-31"))
+    assert "on 2026-01-31; without a system turn it begins '<s>31 Jan 2026" in capsys.readouterr().out
+    assert tomllib.loads((tmp_path / "out" / "config.toml").read_text())["date"] == "2026-01-31"
+    main(dataclasses.replace(config, resume=True))                          # on a later day
+    with pytest.raises(ValueError, match="date = '2026-01-31'"):
+        main(dataclasses.replace(config, resume=True, date="2026-02-01"))
+
+
+def test_a_date_that_is_not_asked_for_or_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="date = 2026-01-31 is given"):
+        main(tiny_config(tmp_path / "out", date="2026-01-31"))
+    with pytest.raises(ValueError, match="date = 'today'"):
+        config_of(date="today")
+
+
+def test_a_pad_token_past_the_embedding_is_harmless_and_a_word_there_is_refused(tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    config = tiny_config(tmp_path / "out", model=str(tmp_path / "model"), eval_pairs=0, max_steps=1)
+    token = {"content": "<pad>", "special": True}
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    write = lambda: (tmp_path / "model" / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"added_tokens_decoder": {"420": token}}))
+    write()
+    main(config)
+    token["special"] = False                                                # text may turn into it
+    write()
+    with pytest.raises(ValueError, match="use 421 tokens .'<pad>' is the last., the embedding has 420 rows"):
+        main(dataclasses.replace(config, output=str(tmp_path / "other")))
+
+
 def test_large_data_is_tokenised_once(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "CACHE_BYTES", 1)
     cache = tmp_path / "cache"
@@ -358,7 +399,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     weights = load_file(tmp_path / "model/model.safetensors")
     cut = {name: w[:400].contiguous() if "embed" in name or "head" in name else w for name, w in weights.items()}
     save_file(cut, tmp_path / "model/model.safetensors")
-    with pytest.raises(ValueError, match="the tokenizer has 420 tokens, the embedding 400 rows"):
+    with pytest.raises(ValueError, match="use 420 tokens .*, the embedding has 400 rows"):
         main(tiny_config(tmp_path / "out", model=str(tmp_path / "model")))
     assert not (tmp_path / "out").exists()
 

@@ -80,8 +80,8 @@ def make_tokenizer(folder, rng):
     write("generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write("tokenizer_config.json", {
         "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "chat_template": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}"
-                         "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"})
+        "chat_template": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}"
+                         "{{ eos_token }}{% else %}[INST] {{ m['content'] }}[/INST]{% endif %}{% endfor %}"})
 
 
 def teach(model, chat, rng, steps, prompts_per_step=64, peak_lr=2e-3):
