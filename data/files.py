@@ -3,13 +3,15 @@
     for source, row in read_rows(["pairs.jsonl", "more.json.gz"]): ...
     write_whole("scores.json", text)
 
-A file of rows is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs pyarrow, imported here
-alone). What it is shows in its first bytes, not in its name. The place of a row, its source, is "file:line", or
-"file: item N" of an array or of parquet. Text is UTF-8, with or without a byte-order mark; another encoding, another
-archive and objects that are indented over several lines are refused as what they are.
+A file of rows is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
+pyarrow, imported here alone). What it is shows in its first bytes, not in its name. The place of a
+row, its source, is "file:line", or "file: item N" of an array or of parquet. Text is UTF-8, with or
+without a byte-order mark; another encoding, another archive and objects that are indented over
+several lines are refused as what they are.
 
-A bad line (no JSON object, or one that its reader refuses) does not end the reading: the error at the end names the
-first ten and counts the others, so that a file is put right in one go; or bad lines are dropped and counted.
+A bad line (no JSON object, or one that its reader refuses) does not end the reading: the error at
+the end names the first ten and counts the others, so that a file is put right in one go; or bad
+lines are dropped and counted.
 """
 import ctypes
 import gzip
@@ -38,7 +40,8 @@ NOT_ROWS = {                # first bytes of a file: what it is
     b"\xff\xfe\x00\x00": "UTF-32 text", b"\x00\x00\xfe\xff": "UTF-32 text",
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
     b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream",
 }
 
 
@@ -46,18 +49,22 @@ class Dropped(Exception):
     """A row that is well-formed but not used; the message is the reason that is counted."""
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 def read_rows(files, use=lambda row, source: row, dropped=None, skip_bad_lines=None, workers=1):
     """Yields (source, use(row, source)) of the rows of files, in their order.
 
-    use may raise Dropped, which is counted in the Counter `dropped` by its reason, or ValueError: a bad line. If there
-    are any, a ValueError at the end names the first ten; skip_bad_lines=True counts them in `dropped` instead (None:
-    the caller has no such flag, and none is advised). A file that is no file of rows is a ValueError at once.
-    workers > 1: rows are parsed and used in as many forked processes.
+    use may raise Dropped, which is counted in the Counter `dropped` by its reason, or ValueError: a
+    bad line. If there are any, a ValueError at the end names the first ten; skip_bad_lines=True
+    counts them in `dropped` instead (None: the caller has no such flag, and none is advised). A
+    file that is no file of rows is a ValueError at once. workers > 1: rows are parsed and used in
+    as many forked processes.
     """
     items = itertools.chain.from_iterable(map(read_items, files))
-    outcomes = _in_processes(use, items, workers) if workers > 1 else ((s, _outcome(use, s, i)) for s, i in items)
+    if workers > 1:
+        outcomes = _in_processes(use, items, workers)
+    else:
+        outcomes = ((source, _outcome(use, source, item)) for source, item in items)
     dropped = Counter() if dropped is None else dropped
     shown = []
     n_bad = 0
@@ -79,12 +86,13 @@ def read_rows(files, use=lambda row, source: row, dropped=None, skip_bad_lines=N
 def _bad_lines(shown, n_bad, may_skip):
     """The message about n_bad bad lines, of which some are shown."""
     if n_bad == 1:
-        return shown[0] + ("; put it right, or drop and count such lines with --skip_bad_lines" if may_skip else "")
+        advice = "; put it right, or drop and count such lines with --skip_bad_lines"
+        return shown[0] + (advice if may_skip else "")
     lines = [f"{n_bad} bad lines:", *shown]
     if n_bad > len(shown):
         lines.append(f"and {n_bad - len(shown)} others")
-    message = "\n  ".join(lines)
-    return message + ("\nput them right, or drop and count them with --skip_bad_lines" if may_skip else "")
+    advice = "\nput them right, or drop and count them with --skip_bad_lines"
+    return "\n  ".join(lines) + (advice if may_skip else "")
 
 
 def _outcome(use, source, item):
@@ -97,7 +105,7 @@ def _outcome(use, source, item):
         return ValueError(f"{source}: {e}")
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:      # a mistake of ours, or a panic in a library, which need not be an Exception
+    except BaseException as e:      # a mistake of ours, or a panic in a library, no Exception then
         raise RuntimeError(f"{source}: {type(e).__name__}: {e}") from e
 
 
@@ -115,16 +123,18 @@ def parse_line(source, line):
 
 
 def parse_item(item):
-    """The row of a line (bytes), or of an item that is parsed already. ValueError unless it is an object of whole
-    characters and finite numbers."""
+    """The row of a line (bytes), or of an item that is parsed already. ValueError unless it is an
+    object of whole characters and finite numbers."""
     try:
         row = json.loads(item.decode()) if isinstance(item, bytes) else item
         if not isinstance(row, dict):
             raise TypeError(f"expected a JSON object, found {row!r:.60}")
         _check_values(row, "")
     except UnicodeDecodeError as e:
-        raise ValueError(f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of the line); "
-                         "if it is Latin-1 or Windows-1252, convert the file: iconv -f WINDOWS-1252 -t UTF-8") from None
+        raise ValueError(
+            f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of "
+            "the line); if it is Latin-1 or Windows-1252, convert the file: "
+            "iconv -f WINDOWS-1252 -t UTF-8") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"not valid JSON ({e})") from None
     except RecursionError:
@@ -135,18 +145,21 @@ def parse_item(item):
 
 
 def _check_values(value, field):
-    """ValueError that names the field of a row which holds half a surrogate pair, or a number that is not finite."""
+    """ValueError that names the field of a row which holds half a surrogate pair, or a number that
+    is not finite."""
     if isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError as e:
-                raise ValueError(f"{field} holds half a surrogate pair ({value[e.start]!a} at character {e.start + 1}); "
-                                 "expected whole characters (was it cut in the middle of an emoji?)") from None
+                raise ValueError(
+                    f"{field} holds half a surrogate pair ({value[e.start]!a} at character "
+                    f"{e.start + 1}); expected whole characters (was it cut in the middle of an "
+                    "emoji?)") from None
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected text, a finite number or "
-                             "null")
+            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected "
+                             "text, a finite number or null")
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_values(name, f"a name in {field or 'the row'}")
@@ -156,7 +169,7 @@ def _check_values(value, field):
             _check_values(inner, f"{field}[{i}]")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 def read_items(path):
     """Yields ("file:line", bytes) of the lines of JSON Lines that are not empty, or
@@ -172,8 +185,8 @@ def read_items(path):
                 yield from _read_array(path, f.read())
             elif _is_indented(start):
                 raise ValueError(
-                    f"{path}: JSON objects that are indented over several lines; expected an object a line "
-                    f"(JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
+                    f"{path}: JSON objects that are indented over several lines; expected an "
+                    f"object a line (JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
             else:
                 for number, line in enumerate(f, 1):
                     if number == 1:
@@ -204,8 +217,8 @@ def _refuse_other_kinds(path, head):
                 advice = f"Convert it: iconv -f {kind.split()[0]} -t UTF-8 {path} > NEW"
             raise ValueError(f"{path}: {kind}; {expected}. {advice}")
     if b"\x00" in head[:4]:
-        raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at all; "
-                         f"{expected}. Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
+        raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at "
+                         f"all; {expected}. Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
 
 
 def _is_indented(start):
@@ -233,21 +246,23 @@ def _read_parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install pyarrow, or save the rows as "
-                         "JSON Lines") from None
+        raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install "
+                         "pyarrow, or save the rows as JSON Lines") from None
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
             number += 1
-            yield f"{path}: item {number}", json.loads(json.dumps(row, default=str))    # dates and the like as text
+            text = json.dumps(row, default=str)         # dates and the like as text
+            yield f"{path}: item {number}", json.loads(text)
 
 
-# --- forked workers ---------------------------------------------------------------------------------------------------
+# --- forked workers -------------------------------------------------------------------------------
 
 def _in_processes(use, items, workers):
-    """Yields (source, outcome) of items in their order, from forked processes. `use` reaches them in the memory that
-    they are forked with: it is never pickled. ChildProcessError if one of them dies."""
-    # The line at which each task is, -1 for none, in memory that is shared with the processes forked from this one.
+    """Yields (source, outcome) of items in their order, from forked processes. `use` reaches them
+    in the memory that they are forked with: it is never pickled. ChildProcessError if one of them
+    dies."""
+    # The line at which each task is, -1 for none, in memory shared with the forked processes.
     at_work = memoryview(mmap.mmap(-1, 8 * workers * TASKS_PER_WORKER)).cast("q")
     running = deque()           # (lines, slot of at_work, future)
     fork = multiprocessing.get_context("fork")
@@ -267,8 +282,9 @@ def _in_processes(use, items, workers):
         except BrokenProcessPool:
             places = [lines[at_work[slot]][0] for lines, slot, _ in running if at_work[slot] >= 0]
             raise ChildProcessError(
-                f"a worker process died at {' or '.join(places) or 'its start'}: killed, perhaps for want of memory, or by "
-                "a crash in a library; try fewer processes (taskset) or that line alone") from None
+                f"a worker process died at {' or '.join(places) or 'its start'}: killed, perhaps "
+                "for want of memory, or by a crash in a library; try fewer processes (taskset), or "
+                "that line alone") from None
 
 
 def _oldest_outcomes(running):
@@ -283,10 +299,12 @@ def _begin_worker(use, at_work, parent):
     global _use, _at_work
     _use = use
     _at_work = at_work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches all processes; the parent ends the workers
+    # Ctrl-C reaches all processes: the parent ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)               # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind
+        libc.prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -300,12 +318,13 @@ def _work(lines, slot):
     return outcomes
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 @contextmanager
 def written_whole(path):
-    """Gives a temporary name beside `path` to write to. What was written gets its own name at the end; after an error
-    there is nothing of it. So a file is whole or absent under its name, whenever the process is killed."""
+    """Gives a temporary name beside `path` to write to. What was written gets its own name at the
+    end; after an error there is nothing of it. So a file is whole or absent under its name,
+    whenever the process is killed."""
     path = Path(path)
     if path.exists() and not path.is_file():        # /dev/stdout
         yield path

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.dialogues import prompt_turns
 from data.files import read_jsonl, write_rows
 
 WAYS = {f"alpha = {a:g}": ("alphapo", a) for a in (-1, -0.25)} | {"SimPO (alpha = 0)": ("simpo", 0)} \
@@ -68,7 +69,7 @@ def run(study, label, rate, seed):
     (folder,) = output.glob("step-*")
     config = parse_config(argv)
     chat = load_chat_format(folder, load_tokenizer(folder))
-    prompts = [row["prompt"] for _, row in read_jsonl(config.judge_prompts)]
+    prompts = [prompt_turns(row, "prompt") for _, row in read_jsonl(config.judge_prompts)]
     torch.set_num_threads(1)
     d = drift(load_model(folder), load_model(config.model), chat, prompts, seed=seed, max_new_tokens=config.max_new_tokens,
               batch_size=64)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the project's root, for its modules
 
-from data.dialogues import as_messages
+from data.dialogues import as_messages, prompt_turns
 from data.files import read_jsonl
 from generate import generate
 from model import load_model
@@ -61,7 +61,7 @@ def main():
     args = parser.parse_args()
     model, start = load_model(args.model), load_model(args.start)
     chat = load_chat_format(args.model, load_tokenizer(args.model))
-    prompts = [row["prompt"] for _, row in read_jsonl(args.prompts)]
+    prompts = [prompt_turns(row, "prompt") for _, row in read_jsonl(args.prompts)]
     d = drift(model, start, chat, prompts, samples=args.samples, seed=args.seed, max_new_tokens=args.max_new_tokens)
     print(f"KL to the start {d['kl']:.5f} +- {d['kl_stderr']:.5f} nats per token, on {len(prompts) * args.samples} answers of "
           f"{d['tokens']:.0f} tokens on average; {d['cut']:.0%} of them were cut at {args.max_new_tokens}")
