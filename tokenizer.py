@@ -316,6 +316,9 @@ def _load_tokenizer(folder):
         if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
             raise ValueError(f"{json_file}: model {model.get('type')!r} is not supported; expected BPE with vocab and "
                              "merges; fetch tokenizer.model of the same model, if it has one, and move this file away")
+        for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(field):
+                raise ValueError(f"{json_file}: model has {field} = {model[field]!r:.40}, which is not supported; expected none")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         if model.get("byte_fallback"):
             tokenizer = _read_byte_fallback(json_file, spec, merges, special, words, whole, bos, eos)
@@ -399,6 +402,11 @@ def _added_tokens(folder, settings, spec, names):
         if i != token["id"]:
             raise ValueError(f"{folder}/tokenizer.json: added token {token['content']!r} has id {token['id']}, which "
                              f"transformers takes for {i}; number added tokens on from the vocabulary's end")
+    ids = {}
+    for name, i, _ in found:
+        if ids.setdefault(name, int(i)) != int(i):
+            raise ValueError(f"{folder}: added token {name!r} has the id {ids[name]} in one file and {i} in another; expected "
+                             "the same in tokenizer.json, tokenizer_config.json and added_tokens.json")
     prepends = "Prepend" in json.dumps(spec.get("normalizer"))
     special, words, whole = {}, {}, {}
     for name, (i, flags) in {name: (int(i), flags) for name, i, flags in found}.items():
@@ -818,7 +826,14 @@ class ChatTemplate(ChatFormat):
                              "that generation could end at")
         self.space = close[:end.start()]                    # between a response's text and its end token
         self.close, self.rest = close[:end.end()], close[end.end():]
-        self.tokenizer.reserve([end[0], *(name for name in self.tokenizer.words if name in layout)])
+        # Marks alone: a word such as "user" or a line break that a layout happens to hold is text like any other.
+        written = set(self.tokenizer.find_name.split(layout)[1::2])
+        marks = [name for name in written if len(name) > 1 and not name.isalnum() and not name.isspace()]
+        self.tokenizer.reserve([end[0], *marks])
+        for key, name in self.token_names.items():
+            if name in layout + close and name not in self.tokenizer.names:
+                raise ValueError(f"{self.source} writes the {key} {name!r}, which has no id in tokenizer.json; expected it "
+                                 "among its added tokens")
         self.find_control = any_of(self.tokenizer.special)
         self.end_id = self.tokenizer.names[end[0]]
         self.stop_ids = {self.end_id} | ({self.tokenizer.eos_id} - {None})

@@ -248,12 +248,18 @@ def _read_parquet(path):
     except ImportError:
         raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install "
                          "pyarrow, or save the rows as JSON Lines") from None
+
+    def as_text(value):                                 # dates and the like
+        if isinstance(value, bytes):
+            raise ValueError(f"{path}: item {number} has a column of bytes, {value!r:.40}; expected "
+                             "text: cast the column to string")
+        return str(value)
+
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
             number += 1
-            text = json.dumps(row, default=str)         # dates and the like as text
-            yield f"{path}: item {number}", json.loads(text)
+            yield f"{path}: item {number}", json.loads(json.dumps(row, default=as_text))
 
 
 # --- forked workers -------------------------------------------------------------------------------

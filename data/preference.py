@@ -115,6 +115,8 @@ def _prompt_and_answers(row, as_it_stands):
     if field is None and not before:
         raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the other to hold "
                          "the prompt")
+    if before and row.get("history"):
+        raise ValueError("history beside dialogues in chosen and rejected; expected the earlier turns in one of the two")
     if before:
         before = checked_turns(with_system(before, row), "chosen", as_it_stands)
     if field is None:

@@ -252,3 +252,10 @@ def test_a_damaged_file_of_kept_pairs_is_an_error_that_names_it(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="x.safetensors: damaged .*delete it"):
         read_kept_pairs(tmp_path / "x.safetensors")
+
+
+def test_history_beside_dialogues_is_refused():
+    row = {"prompt": "u", "history": [["a", "b"]], "chosen": [user("u"), assistant("a")],
+           "rejected": [user("u"), assistant("b")]}
+    with pytest.raises(ValueError, match="history beside dialogues"):
+        parse_row(row)

@@ -429,6 +429,38 @@ def test_named_templates_without_a_default_are_refused(tokenizers, tmp_path):
     assert type(load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1")) is CHAT_FORMATS["mistral-v1"]
 
 
+def test_words_that_a_layout_happens_to_hold_stay_words(folders, tmp_path):
+    # As "\n\n" or "user" among the added tokens of a vocabulary: no mark, though ChatML writes "user" and "assistant".
+    shutil.copytree(folders["smollm2"], tmp_path / "m")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    change_json(tmp_path / "m", lambda spec: spec["added_tokens"].append({"id": 49152, "content": "ssista"} | flags))
+    tokenizer = load_tokenizer(tmp_path / "m")
+    chat = template_chat(tmp_path / "m", tokenizer, CHATML_TEMPLATE)
+    messages = [{"role": "user", "content": "Be of assistance"}]
+    assert chat.encode_prompt(messages).count(49152) == 2 and 49152 in chat.encode_response("assistance")
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+    assert chat.encode_prompt(messages) == reference.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_template_that_writes_a_token_without_an_id_is_refused(tokenizers, tmp_path):
+    with pytest.raises(ValueError, match="writes the bos_token '<.bos.>', which has no id"):
+        template_chat(tmp_path, tokenizers["smollm2"], "{{ bos_token }}" + CHATML_TEMPLATE, bos_token="<|bos|>")
+
+
+def test_files_that_give_a_token_different_ids_are_refused(folders, tmp_path):
+    shutil.copytree(folders["smollm2"], tmp_path / "m")
+    write_settings(tmp_path / "m", CHATML_TEMPLATE, added_tokens_decoder={"77": {"content": "<|im_end|>", "special": True}})
+    refuse(tmp_path / "m", "'<|im_end|>' has the id 2 in one file and 77 in another")
+
+
+@pytest.mark.parametrize("field, value", [("end_of_word_suffix", "</w>"), ("continuing_subword_prefix", "##"),
+                                          ("dropout", 0.5)])
+def test_fields_of_the_model_that_change_ids_are_refused(small_bpe, field, value):
+    change_json(small_bpe, lambda spec: spec["model"].update({field: value}))
+    refuse(small_bpe, field)
+
+
 def test_a_template_is_read_in_another_thread_too(tokenizers, tmp_path):
     write_settings(tmp_path, PLAIN_TEMPLATE)
     found = []
