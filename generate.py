@@ -196,7 +196,7 @@ def fits(model, prompt, max_new_tokens):
     return 0 < len(prompt) <= model.config.max_positions - max_new_tokens
 
 
-def answer(model, tokenizer, chat, prompts, *, seed=0, **settings):
+def answer(model, chat, prompts, *, seed=0, **settings):
     """Answers to each prompt (a string or a list of turns), as a list of lists of texts. settings are those of
     `generate`. All ranks of a sharded model must call this together."""
     ids = [chat.encode_prompt(as_messages(p)) for p in prompts]
@@ -256,7 +256,7 @@ def progress_line(n_answers):
     return progress
 
 
-def run_job(args, model, tokenizer, chat):
+def run_job(args, model, chat):
     """Answers a file of prompts on all ranks, each with the whole model. The batches are the same on any number of
     ranks, and a batch's answers are kept once it is done."""
     def encode(turns):
@@ -354,9 +354,9 @@ def main(argv):
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         check_vocabulary(args.model, chat, model.config.vocab_size)
         if args.prompts:
-            run_job(args, model, tokenizer, chat)
+            run_job(args, model, chat)
         else:
-            texts = answer(model, tokenizer, chat, [args.prompt], samples=args.samples, batch_size=args.samples,
+            texts = answer(model, chat, [args.prompt], samples=args.samples, batch_size=args.samples,
                            seed=args.seed, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                            top_p=args.top_p, top_k=args.top_k)
             say("\n---\n".join(texts[0]))

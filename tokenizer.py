@@ -136,6 +136,11 @@ def any_of(names):
     return re.compile("(" + ("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)") + ")")
 
 
+def first_difference(a, b):
+    """The first index at which two sequences differ; the length of the shorter where it is the beginning of the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE: Llama-3's tokenizer.model, or the tokenizer.json of Llama-3, SmolLM2, Qwen. Merged by tiktoken.
 
@@ -193,9 +198,11 @@ class SentencePieceTokenizer(Tokenizer):
             ids = self._encode_run(first, place) + [i for part in rest for i in self._encode_run(part, "inside")]
         return ids
 
+    def begins_with_space(self, place):
+        return place in ("text", "start") or place == "after" and self.every_run
+
     def _encode_run(self, text, place):
-        begins = place != "inside" and (place != "after" or self.every_run)
-        if begins and not (text.startswith(" ") and place != "text"):
+        if self.begins_with_space(place) and not (text.startswith(" ") and place != "text"):
             return self.model.encode(text)
         # The library puts a space before every text. Behind a newline, which nothing merges with, there is none.
         ids = self.model.encode("\n" + text)
@@ -205,8 +212,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode_run(self, ids, place):
         text = self.model.decode([i for i in ids if i < self.model.vocab_size()])
-        began = place in ("text", "start") or place == "after" and self.every_run
-        if not began and ids and self.piece(ids[0]).startswith("▁"):
+        if not self.begins_with_space(place) and ids and self.piece(ids[0]).startswith("▁"):
             return " " + text       # the library takes the first space away
         return text
 
@@ -235,11 +241,14 @@ class CharacterPairTokenizer(Tokenizer):
         self.inside = {a + b for token in vocab for a, b in pairwise(token)}
         self.merge = lru_cache(2**17)(self._merge)
 
+    def begins_with_space(self, place):
+        return {"every": place != "inside", "any": place != "inside", "first": place in ("text", "start"),
+                "none": False}[self.begins]
+
     def encode_run(self, text, place):
         text = text.replace(" ", "▁")
-        begins = {"every": place != "inside", "any": place != "inside" and not text.startswith("▁"),
-                  "first": place == "start" and not text.startswith("▁"), "none": False}[self.begins]
-        if begins or place == "text" and self.begins != "none":
+        if self.begins_with_space(place) and (
+                place == "text" or self.begins == "every" or not text.startswith("▁")):
             text = "▁" + text
         ids = []
         for n, part in enumerate(self.find_whole.split(text)):
@@ -281,9 +290,7 @@ class CharacterPairTokenizer(Tokenizer):
     def decode_run(self, ids, place):
         text = b"".join(bytes([self.byte_of[i]]) if i in self.byte_of else self.piece_of.get(i, "").encode()
                         for i in ids).decode("utf-8", "replace").replace("▁", " ")
-        began = {"every": place != "inside", "any": place != "inside", "first": place in ("text", "start"),
-                 "none": False}[self.begins]
-        return text.removeprefix(" ") if began else text
+        return text.removeprefix(" ") if self.begins_with_space(place) else text
 
     def piece(self, i):
         """How one id looks, for showing a text token by token."""
@@ -341,12 +348,12 @@ def _load_tokenizer(folder):
 def _other_reading(folder, settings, tokenizer):
     """What AutoTokenizer of transformers 5, and so what is served by it, makes of tokenizer.json, in words; "" if it takes
     it as it stands. For two classes that tokenizer_config.json may name it makes a pre-tokenizer of its own."""
-    family = str(settings.get("tokenizer_class") or _read_json(folder / "config.json").get("tokenizer_class") or "")
-    family = family.removesuffix("Fast")
+    config = _read_json(folder / "config.json")
+    family = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
     if family == "LlamaTokenizer" and isinstance(tokenizer, CharacterPairTokenizer):
         begins = "any" if settings.get("legacy") else "first"
         begins = "none" if settings.get("add_prefix_space") is False else begins
-        differs = begins != tokenizer.begins and _read_json(folder / "config.json").get("model_type") != "mistral"
+        differs = begins != tokenizer.begins and config.get("model_type") != "mistral"
     else:
         differs = family == "GPT2Tokenizer" and getattr(tokenizer, "pattern", GPT2_PATTERN) != GPT2_PATTERN
     if not differs:
@@ -700,9 +707,7 @@ class ChatTemplate(ChatFormat):
         self.today = datetime.date.fromisoformat(date) if date else datetime.date.today()
         with self.bounded():
             self.template = self.environment().from_string(template)
-        if short := [name for name in tokenizer.special if len(name) < 2]:
-            raise ValueError(f"control token {short[0]!r} is a single character, which cannot be told from text")
-        self.find_control = any_of(tokenizer.special)
+        self.reserve([])
         self.learn()
 
     def environment(self):
@@ -767,6 +772,13 @@ class ChatTemplate(ChatFormat):
         except Exception as e:
             raise ValueError(f"{self.source} cannot lay this out: {e or type(e).__name__}") from None
 
+    def reserve(self, names):
+        """Makes names control tokens beside those that are, which break_control keeps out of content."""
+        self.tokenizer.reserve(names)
+        if short := [name for name in self.tokenizer.special if len(name) < 2]:
+            raise ValueError(f"control token {short[0]!r} is a single character, which cannot be told from text")
+        self.find_control = any_of(self.tokenizer.special)
+
     def break_control(self, content):
         content.encode()            # half a surrogate pair, which JSON can hold, is a ValueError here
         content = content.replace(BREAK, 2 * BREAK)
@@ -829,12 +841,11 @@ class ChatTemplate(ChatFormat):
         # Marks alone: a word such as "user" or a line break that a layout happens to hold is text like any other.
         written = set(self.tokenizer.find_name.split(layout)[1::2])
         marks = [name for name in written if len(name) > 1 and not name.isalnum() and not name.isspace()]
-        self.tokenizer.reserve([end[0], *marks])
+        self.reserve([end[0], *marks])
         for key, name in self.token_names.items():
             if name in layout + close and name not in self.tokenizer.names:
                 raise ValueError(f"{self.source} writes the {key} {name!r}, which has no id in tokenizer.json; expected it "
                                  "among its added tokens")
-        self.find_control = any_of(self.tokenizer.special)
         self.end_id = self.tokenizer.names[end[0]]
         self.stop_ids = {self.end_id} | ({self.tokenizer.eos_id} - {None})
         self.asked_text = self.render(ask, True)
@@ -851,7 +862,7 @@ class ChatTemplate(ChatFormat):
         if prompt.startswith(whole[:at]):       # the prompt opens something (<think>) that a finished turn does not show
             return False, prompt[at:], close
         if required:
-            n = next(i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b)
+            n = first_difference(prompt, whole)
             raise ValueError(f"{self.source} writes {prompt[n:n + 60]!r} at the end of a prompt where an answered dialogue "
                              f"has {whole[n:n + 60]!r}; where its responses start cannot be told")
 
@@ -867,7 +878,7 @@ class ChatTemplate(ChatFormat):
         if self.continues:
             whole = self.render([*self.asked, {"role": "assistant", "content": text}], False)
             if not whole.startswith(self.asked_text) or not whole.endswith(self.close + self.rest):
-                n = next((i for i, (a, b) in enumerate(zip(self.asked_text, whole)) if a != b), len(self.asked_text))
+                n = first_difference(self.asked_text, whole)
                 raise ValueError(f"{self.source} ends a prompt with {self.asked_text[-40:]!r}, and lays this response out as "
                                  f"{whole[n - 20:n + 60]!r}, which does not follow it: {text[:60]!r}")
             text = whole[len(self.asked_text):len(whole) - len(self.rest)]
@@ -1014,7 +1025,7 @@ def compare(folder, chat):
             theirs = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             equal += ours == theirs
             if ours != theirs and not different:
-                n = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+                n = first_difference(ours, theirs)
                 spell = chat.tokenizer.spell
                 different = (f"token {n + 1} on is {spell(ours[n:n + 8])!r} {ours[n:n + 8]}, transformers' is "
                              f"{spell(theirs[n:n + 8])!r} {theirs[n:n + 8]}")

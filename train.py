@@ -356,7 +356,7 @@ def metrics_of(results, start=None):
 class Judge:
     """Scores one sampled answer to each held-out prompt. Calling it returns (answers, scores)."""
 
-    def __init__(self, config, tokenizer, chat):
+    def __init__(self, config, chat):
         self.score = load_judge(config.judge)
         dropped = Counter()
 
@@ -376,11 +376,11 @@ class Judge:
             say(f"judge    {config.judge_prompts}: {n} dropped: {reason}")
         self.prompts = [prompt for prompt, _ in found]
         self.turns = [turns for _, turns in found]
-        self.config, self.tokenizer, self.chat = config, tokenizer, chat
+        self.config, self.chat = config, chat
 
     def __call__(self, model):
         # All ranks of a sharded model sample the same answers side by side; one of them asks the judge.
-        answers = answer(model, self.tokenizer, self.chat, self.turns, seed=self.config.seed, temperature=0.8,
+        answers = answer(model, self.chat, self.turns, seed=self.config.seed, temperature=0.8,
                          top_p=0.95, max_new_tokens=self.config.max_new_tokens, batch_size=64)
         forget_gathered_weights(model)
         answers = [texts[0] for texts in answers]
@@ -526,7 +526,7 @@ def run(config, device):
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
     check_fit(pairs + held_out, config.tokens_per_micro_batch)
-    judge = Judge(config, tokenizer, chat) if config.judge else None
+    judge = Judge(config, chat) if config.judge else None
 
     # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
     model = load_sharded(config, device)

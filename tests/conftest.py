@@ -2,3 +2,15 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On matrices this small, two threads mostly wait for each other: on a busy machine 30 times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

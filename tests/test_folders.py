@@ -24,15 +24,7 @@ from make_golden import TOKENS, formula_weight
 from model import INDEX, Transformer, checkpoint_tensors, load_model, read_config, save_model
 from small import small_model
 
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small, two threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the folders ----------------------------------------------------------------------------------

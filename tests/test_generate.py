@@ -230,7 +230,7 @@ def test_sampled_prompts_have_the_ids_of_training_prompts(name, tmp_path, monkey
              {"role": "assistant", "content": " Hello! "}, {"role": "user", "content": "Bye 👋"}]
     prompts, seen = [turns, turns[1:], turns[1:2], "  naïve\tquestion: 12345? "], []
     monkeypatch.setattr(generate_py, "generate", lambda model, ids, **settings: seen.extend(ids) or [[] for _ in ids])
-    answer(None, chat.tokenizer, chat, prompts)
+    answer(None, chat, prompts)
     pairs = []
     for p in prompts:       # chosen and rejected are strings, or whole dialogues
         ends = ["a", "b"] if isinstance(p, str) else [[*p, {"role": "assistant", "content": text}] for text in "ab"]
@@ -241,7 +241,7 @@ def test_sampled_prompts_have_the_ids_of_training_prompts(name, tmp_path, monkey
 
 def test_answer_gives_texts_and_a_batch_does_not_change_them(tiny):
     prompts = [f"Sort these words: {words}" for words in ("owl, moss, fern", "zebra, arrow", "tulip, ivy, canoe, pine")]
-    job = lambda size: answer(*tiny, prompts, samples=2, batch_size=size, max_new_tokens=20, seed=3)
+    job = lambda size: answer(tiny[0], tiny[2], prompts, samples=2, batch_size=size, max_new_tokens=20, seed=3)
     assert job(2) == job(4) == job(100) and [len(texts) for texts in job(4)] == [2, 2, 2]
     assert all(isinstance(text, str) and "," in text for texts in job(4) for text in texts)
 
@@ -418,7 +418,7 @@ def test_arena_hard_questions_become_its_model_answers(tmp_path, tiny):
     assert [{key: type(value) for key, value in row.items()} for row in answers] == [ARENA_OUTPUT] * 2
     assert [row["question_id"] for row in answers] == [row["question_id"] for row in ARENA]
     assert len({row["answer_id"] for row in answers}) == 2 and {row["model_id"] for row in answers} == {"tiny-alphapo"}
-    texts = answer(*tiny, [row["turns"][0]["content"] for row in ARENA], samples=2, batch_size=2, max_new_tokens=30)
+    texts = answer(tiny[0], tiny[2], [row["turns"][0]["content"] for row in ARENA], samples=2, batch_size=2, max_new_tokens=30)
     for row, some in zip(answers, texts):
         assert [choice["index"] for choice in row["choices"]] == [0, 1]
         for choice, text in zip(row["choices"], some):

@@ -31,14 +31,7 @@ GOLDEN = json.loads(GOLDEN.read_text())
 PAIRS = [(5, 3, 4), (1, 1, 1), (9, 1, 30), (2, 40, 1), (30, 7, 20)]
 ROW = [torch.arange(sum(lengths)) ** 2 * (41 + i) % 101 for i, lengths in enumerate(PAIRS)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small, two threads mostly wait for each other: on a busy machine 30 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

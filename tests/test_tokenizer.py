@@ -443,6 +443,12 @@ def test_words_that_a_layout_happens_to_hold_stay_words(folders, tmp_path):
         messages, add_generation_prompt=True, return_dict=False)
 
 
+def test_an_end_token_of_one_character_is_refused(folders, tmp_path):
+    add_words(shutil.copytree(folders["smollm2"], tmp_path / "m"), "\ue123")
+    with pytest.raises(ValueError, match="single character"):
+        template_chat(tmp_path / "m", None, CHATML_TEMPLATE.replace("<|im_end|>", "\ue123"))
+
+
 def test_a_template_that_writes_a_token_without_an_id_is_refused(tokenizers, tmp_path):
     with pytest.raises(ValueError, match="writes the bos_token '<.bos.>', which has no id"):
         template_chat(tmp_path, tokenizers["smollm2"], "{{ bos_token }}" + CHATML_TEMPLATE, bos_token="<|bos|>")

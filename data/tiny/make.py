@@ -128,7 +128,7 @@ def main(steps=2000, n_pairs=2048, n_held_out=256):
     prompts = list(dict.fromkeys(make_prompt(rng)[0] for _ in range(n_pairs + n_held_out)))
     write_rows(HERE / "prompts.jsonl", [{"prompt": p} for p in prompts[:n_held_out]])
     rows = []
-    for p, answers in zip(prompts[n_held_out:], answer(model, tokenizer, chat, prompts[n_held_out:], samples=5, seed=13,
+    for p, answers in zip(prompts[n_held_out:], answer(model, chat, prompts[n_held_out:], samples=5, seed=13,
                                                        batch_size=256, max_new_tokens=40, temperature=0.8, top_p=0.95)):
         scores = [round(score([{"content": p}], a), 1) for a in answers]
         rows.append({"prompt": p, "all_generated_responses": answers, "all_rm_scores": scores})
