@@ -915,6 +915,16 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
     return chat
 
 
+def load_chat(folder, chat_format=None, date=None):
+    """The chat format of a model folder, by `load_tokenizer` and `load_chat_format`, whose ids the model's embedding
+    has. Its tokenizer is chat.tokenizer."""
+    chat = load_chat_format(folder, load_tokenizer(folder), chat_format, date)
+    rows = _read_json(Path(folder) / "config.json").get("vocab_size")
+    if rows:
+        check_vocabulary(folder, chat, rows)
+    return chat
+
+
 def find_template(folder):
     """(chat template, where it is from) of a model folder, empty strings without one."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"

@@ -14,12 +14,16 @@ from data.dialogues import as_messages, checked_turns, prompt_turns
 from data.files import Dropped, read_rows
 
 
-def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False):
+def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False,
+                 required_field=None):
     """(shape, rows, prompts) of a file: one shape for all, objects as read, and encode(turns to be answered) of each.
-    Empty prompts are dropped and counted. ValueError names the bad lines; one that encode raises makes a bad line too."""
+    Empty prompts are dropped and counted. ValueError names the bad lines; one that encode raises makes a bad line too.
+    required_field: a field without which a line is bad; "prompt" allows the first shape alone."""
     shapes = {}         # the first one counts
 
     def prompt_to_answer(row, source):
+        if required_field and row.get(required_field) is None:
+            raise ValueError(f"no field {required_field}")
         shape, turns = prompt_of(row, as_it_stands)
         if not turns[-1]["content"].strip():
             raise Dropped("an empty prompt")
