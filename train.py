@@ -22,7 +22,6 @@ import time
 import tomllib
 import traceback
 import typing
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,16 +30,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss
-from data.dialogues import prompt_turns
-from data.files import Dropped, read_jsonl, read_rows, write_rows, write_whole
+from data.files import write_whole
 from data.preference import (check_fit, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
                              read_kept_pairs)
-from data.score import load_judge
 from distributed import (check_same_run, check_space, claim_output, clip_gradients, end_rank, first_to_fail,
                          forget_gathered_weights, from_rank_0, join_ranks, load_checkpoint, load_sharded,
                          newest_checkpoint, noted_signals, plan, ranks_store, read_metrics, read_run,
                          restart_count, reuse_memory, save_checkpoint, say)
-from generate import answer
+from judge import Judge, load_judge
 from model import COPIED_FILES, checkpoint_tensors, read_config
 from tokenizer import check_vocabulary, load_chat_format, load_tokenizer
 
@@ -353,62 +350,6 @@ def metrics_of(results, start=None):
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))    # waits for the GPU, once a step
 
 
-class Judge:
-    """Scores one sampled answer to each held-out prompt. Calling it returns (answers, scores)."""
-
-    def __init__(self, config, chat):
-        self.score = load_judge(config.judge)
-        dropped = Counter()
-
-        def prompt_to_answer(row, source):
-            if row.get("prompt") is None:
-                raise ValueError("no field prompt")
-            turns = prompt_turns(row, "prompt", config.as_it_stands)
-            if not turns[-1]["content"].strip():
-                raise Dropped("an empty prompt")
-            chat.encode_prompt(turns)
-            return row["prompt"], turns
-
-        found = [pair for _, pair in read_rows([config.judge_prompts], prompt_to_answer, dropped, config.skip_bad_lines)]
-        if not found:
-            raise ValueError(f"{config.judge_prompts}: no prompts")
-        for reason, n in dropped.most_common():
-            say(f"judge    {config.judge_prompts}: {n} dropped: {reason}")
-        self.prompts = [prompt for prompt, _ in found]
-        self.turns = [turns for _, turns in found]
-        self.config, self.chat = config, chat
-
-    def __call__(self, model):
-        # All ranks of a sharded model sample the same answers side by side; one of them asks the judge.
-        answers = answer(model, self.chat, self.turns, seed=self.config.seed, temperature=0.8,
-                         top_p=0.95, max_new_tokens=self.config.max_new_tokens, batch_size=64)
-        forget_gathered_weights(model)
-        answers = [texts[0] for texts in answers]
-        return answers, from_rank_0(lambda: [float(self.score(t, a)) for t, a in zip(self.turns, answers)])
-
-    def keep(self, output, step, answers, scores):
-        """Writes the answers to answers-NNNNNN.jsonl in the run folder."""
-        finite = [score if math.isfinite(score) else None for score in scores]
-        write_rows(output / f"answers-{step:06d}.jsonl",
-                   ({"prompt": p, "answer": a, "score": s} for p, a, s in zip(self.prompts, answers, finite)))
-
-    def show_change(self, output, step):
-        """Prints how the answers of a step differ from those of step 0."""
-        if not (output / "answers-000000.jsonl").exists():      # a judge that came with --resume
-            return
-        before, after = ([row for _, row in read_jsonl(output / f"answers-{s:06d}.jsonl")] for s in (0, step))
-        if [b["prompt"] for b in before] != self.prompts:
-            print("         step 0 was judged by other prompts; there is nothing to compare with")
-            return
-        changed = [(b, a) for b, a in zip(before, after)
-                   if b["answer"] != a["answer"] and None not in (b["score"], a["score"])]
-        say(f"         {sum(a['score'] > b['score'] for b, a in changed)} answers score higher than at step 0, "
-            f"{sum(a['score'] < b['score'] for b, a in changed)} lower; the first four that changed:")
-        for b, a in changed[:4]:
-            say(f"         {b['prompt']}", f"           before: {b['answer']}   ({b['score']:.0f})",
-                f"           after:  {a['answer']}   ({a['score']:.0f})")
-
-
 def work_of(rows, seconds):
     """What a step was as work: how many tokens, how evenly dealt to the ranks, how fast."""
     world, tokens = dist.get_world_size(), [len(row.tokens) * bool(row.indices) for row in rows]
@@ -526,7 +467,10 @@ def run(config, device):
              for step in epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)]
     steps = steps[:config.max_steps or None]
     check_fit(pairs + held_out, config.tokens_per_micro_batch)
-    judge = Judge(config, chat) if config.judge else None
+    judge = None
+    if config.judge:
+        judge = Judge(load_judge(config.judge), config.judge_prompts, chat, max_new_tokens=config.max_new_tokens,
+                      seed=config.seed, as_it_stands=config.as_it_stands, skip_bad_lines=config.skip_bad_lines)
 
     # 2. Model and optimiser, fp32: at a learning rate of 1e-6 a step leaves 98 % of bf16 weights where they were.
     model = load_sharded(config, device)
