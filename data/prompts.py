@@ -18,17 +18,21 @@ from data.files import Dropped, read_rows
 
 # --- prompts --------------------------------------------------------------------------------------
 
-def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False):
+def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False,
+                 required_field=None):
     """(shape, rows, prompts) of a file of prompts: the one shape of all rows ("responses",
     "alpaca_eval" or "arena_hard"), the rows as they were read, and encode(turns) of each.
 
     Empty prompts are dropped, and counted in the Counter `dropped`. ValueError names the bad lines
-    (skip_bad_lines: they are dropped and counted); a ValueError of encode makes a bad line too.
+    (skip_bad_lines: they are dropped and counted); a ValueError of encode makes a bad line too,
+    and so does a row without the required_field: "prompt" allows the first shape alone.
     """
     first_shape = None
 
     def prompt_to_answer(row, source):
         nonlocal first_shape
+        if required_field and row.get(required_field) is None:
+            raise ValueError(f"no field {required_field}")
         shape, turns = prompt_of(row, as_it_stands)
         if not turns[-1]["content"].strip():
             raise Dropped("an empty prompt")

@@ -1,4 +1,4 @@
-"""Small files as people bring them, through every command that reads such files: train.py, generate.py, data/score.py and
+"""Small files as people bring them, through every command that reads such files: train.py, generate.py, score.py and
 data/pairs.py. None of them leaves half a file under its final name.
 
     pytest tests/test_cases.py
@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
+import score
 import train
-from data import pairs, score
+from data import pairs
 from data.files import read_jsonl
 from data.preference import load_pairs
 from test_preference import LetterChat

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import generate
+import score
 import train
-from data import score
 from make_golden import TOKENS, formula_weight
 from model import INDEX, Transformer, checkpoint_tensors, load_model, read_config, save_model
 from small import small_model
@@ -303,7 +303,7 @@ def test_a_folder_that_is_not_there_shows_how_to_fetch_one(name, hub, local, tmp
 @pytest.mark.parametrize("call", [
     lambda: train.main(train.parse_config(["--model", "google/nothing", "--data", "pairs.jsonl"])),
     lambda: generate.main(["--model", "google/nothing", "--prompt", "Hello"]),
-    lambda: score.reward_scorer("google/nothing"),
+    lambda: score.RewardScorer("google/nothing"),
 ], ids=["train", "generate", "score"])
 def test_every_command_tells_it_before_anything_else(call):
     assert "hf download google/nothing --local-dir nothing" in error_of(call)

@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 import generate as generate_py
+import sampler
 from data.preference import encode_pair
 from data.prompts import read_prompts
-from generate import answer, generate, main, sample
+from generate import main
 from layouts import write_layout
 from model import load_model
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, write_smollm2_tokenizer
+from sampler import answer, generate, sample
 from small import small_model
 from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
@@ -35,7 +37,7 @@ MODELS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 6},
 
 
 def plain_answer(model, prompt, seed, stop_ids, max_new_tokens, temperature, top_p=1.0, top_k=0):
-    """One answer by whole forward passes and sorted probabilities in float64: slow, and without any of generate.py."""
+    """One answer by whole forward passes and sorted probabilities in float64: slow, and without any of sampler.py."""
     ids, random = list(prompt), np.random.default_rng(seed)
     while len(ids) < len(prompt) + max_new_tokens:
         logits = model(torch.tensor(ids))[-1].detach().double().numpy()
@@ -229,7 +231,7 @@ def test_sampled_prompts_have_the_ids_of_training_prompts(name, tmp_path, monkey
     turns = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi <|im_end|> </s> there\n"},
              {"role": "assistant", "content": " Hello! "}, {"role": "user", "content": "Bye 👋"}]
     prompts, seen = [turns, turns[1:], turns[1:2], "  naïve\tquestion: 12345? "], []
-    monkeypatch.setattr(generate_py, "generate", lambda model, ids, **settings: seen.extend(ids) or [[] for _ in ids])
+    monkeypatch.setattr(sampler, "generate", lambda model, ids, **settings: seen.extend(ids) or [[] for _ in ids])
     answer(None, chat, prompts)
     pairs = []
     for p in prompts:       # chosen and rejected are strings, or whole dialogues

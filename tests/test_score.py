@@ -4,21 +4,23 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from data import score as score_py
+import score as score_py
 from data.files import read_jsonl
 from data.preference import load_pairs
-from data.score import load_judge, load_reward_model, main, reward_scorer, rewards
+from judge import load_judge
 from oracles import LLAMA3_MODEL, llama3_prompt
+from score import RewardScorer, load_reward_model, main, rewards
 from test_preference import LetterChat
 from tokenizer import load_chat_format, load_tokenizer
-from train import ROOT
 
+ROOT = Path(score_py.__file__).parent
 TINY = ROOT / "data/tiny"
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=200)
@@ -61,7 +63,7 @@ def expected_rewards(folder, theirs):
 def test_a_scalar_head_gives_transformers_rewards(scalar):
     folder, theirs = scalar
     expected = expected_rewards(folder, theirs)
-    assert reward_scorer(folder)(TURNS, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    assert RewardScorer(folder)(TURNS, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 1e-2      # they can be told apart
 
 
@@ -70,7 +72,7 @@ def test_answers_that_do_not_fit_in_a_row_take_several(scalar, monkeypatch):
     rows = []
     monkeypatch.setattr(score_py, "TOKENS_PER_ROW", 50)
     monkeypatch.setattr(score_py, "rewards", lambda *args: rows.append(len(args[2])) or rewards(*args))
-    assert reward_scorer(folder)(TURNS, ANSWERS) == pytest.approx(expected_rewards(folder, theirs), abs=1e-5)
+    assert RewardScorer(folder)(TURNS, ANSWERS) == pytest.approx(expected_rewards(folder, theirs), abs=1e-5)
     assert len(rows) > 1 and sum(rows) == len(ANSWERS)
 
 
@@ -130,13 +132,13 @@ def test_the_gated_head_gives_armorms_rewards_on_the_official_tokens(gated):
     for answer in ANSWERS:
         ids = llama3_prompt([*turns, {"role": "assistant", "content": answer}])[:-4]    # less the header that follows
         expected.append(gated_reward(theirs, head, ids).item())
-    assert reward_scorer(folder)(turns, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    assert RewardScorer(folder)(turns, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 1e-2
 
 
 def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_path):
     with pytest.raises(ValueError, match="no weight score.weight or regression_layer.weight"):
-        reward_scorer(TINY / "model")
+        RewardScorer(TINY / "model")
 
     def changed(folder, name, **fields):
         copy = tmp_path / name
@@ -145,24 +147,24 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
         (copy / "config.json").write_text(json.dumps(config | fields))
         return copy
     with pytest.raises(ValueError, match="gating.layers.0.weight has shape .24, 32.; config.json asks for .25, 32."):
-        reward_scorer(changed(gated[0], "width", gating_hidden_dim=25))
+        RewardScorer(changed(gated[0], "width", gating_hidden_dim=25))
     with pytest.raises(ValueError, match="gating_temperature are 5, 24, 3, 0; expected positive numbers"):
-        reward_scorer(changed(gated[0], "temperature", gating_temperature=0))
+        RewardScorer(changed(gated[0], "temperature", gating_temperature=0))
     with pytest.raises(ValueError, match="pad_token_id = 2 of config.json is the end token"):
-        reward_scorer(changed(scalar[0], "padded", pad_token_id=2))
+        RewardScorer(changed(scalar[0], "padded", pad_token_id=2))
     with pytest.raises(ValueError, match="auto_map = .* is not supported"):      # code of its own may compute anything
-        reward_scorer(changed(scalar[0], "custom", auto_map={"AutoModel": "x.py"}))
+        RewardScorer(changed(scalar[0], "custom", auto_map={"AutoModel": "x.py"}))
 
     sentencepiece = changed(gated[0], "tokens")
     for file in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / "model" / file, sentencepiece)
     with pytest.raises(ValueError, match="its gate reads Llama-3's tokens .128009, "):
-        reward_scorer(sentencepiece)
+        RewardScorer(sentencepiece)
 
 
 def test_a_sequence_longer_than_the_models_positions_is_refused(scalar):
     with pytest.raises(ValueError, match=r"prompt and answer 2 have \d+ tokens, more than the 200 positions"):
-        reward_scorer(scalar[0])(TURNS, ["owl", "owl " * 200])
+        RewardScorer(scalar[0])(TURNS, ["owl", "owl " * 200])
 
 
 # --- judges and files -------------------------------------------------------------------------------------------------
@@ -309,10 +311,10 @@ def test_the_loop_from_answers_to_pairs_by_its_commands(tmp_path):
     unscored = [{name: row[name] for name in ("prompt", "all_generated_responses")} for row in rows]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unscored))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for script, *flags in (["score.py", "answers.jsonl", "scored.jsonl", "--judge", f"{TINY}/judge.py:score"],
-                           ["pairs.py", "scored.jsonl", "pairs.jsonl"]):
-        command = [sys.executable, str(ROOT / "data" / script), "--input", flags[0], "--output", *flags[1:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    for command, source, target in ((["score.py", "--judge", f"{TINY}/judge.py:score"], "answers", "scored"),
+                                    (["-m", "data.pairs"], "scored", "pairs")):
+        files = ["--input", f"{tmp_path}/{source}.jsonl", "--output", f"{tmp_path}/{target}.jsonl"]
+        done = subprocess.run([sys.executable, *command, *files], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     scored = [row for _, row in read_jsonl(tmp_path / "scored.jsonl")]
     assert all(math.isclose(a, b, abs_tol=0.051) for new, old in zip(scored, rows, strict=True)

@@ -1,0 +1,131 @@
+"""Judges: Python functions that score an answer, called with (prompt turns, answer).
+
+    score = load_judge("data/tiny/judge.py:score")
+    judge = Judge(score, "prompts.jsonl", chat, max_new_tokens=512)
+    answers, scores = judge(model)
+
+A Judge shows during training whether sampled answers to held-out prompts get better, and not just
+the loss. score.py scores files of answers with the same functions.
+"""
+import importlib.util
+import math
+from collections import Counter
+from pathlib import Path
+
+from data.files import read_jsonl, write_rows
+from data.prompts import read_prompts
+from distributed import forget_gathered_weights, from_rank_0, say
+from sampler import answer
+
+# The same at every evaluation and in every run, so that scores can be compared.
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "batch_size": 64}
+
+
+def load_judge(name):
+    """The function that FILE.py:FUNCTION names. ValueError if there is none."""
+    file, _, function = name.rpartition(":")
+    # Not named "judge", because this module is.
+    spec = importlib.util.spec_from_file_location("judge_of_a_run", file)
+    if spec is None or not Path(file).is_file():
+        raise ValueError(f"judge = {name!r}; expected a Python file and a function in it, "
+                         "FILE.py:FUNCTION")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"judge = {name!r}: {file} has no function {function}")
+    return getattr(module, function)
+
+
+class Judge:
+    """Samples an answer to each of N held-out prompts and scores it.
+
+    function: called with (prompt turns, answer), returns a number. prompts_file: a file of rows
+    with the field `prompt`. chat: the model's chat format. ValueError names the bad lines. All
+    ranks must construct and call it together.
+    """
+
+    def __init__(self, function, prompts_file, chat, *, max_new_tokens, seed=0,
+                 as_it_stands=False, skip_bad_lines=False):
+        self.function = function
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed        # every call draws the same random numbers
+
+        def encodable(turns):
+            # What the chat format refuses makes a bad line now, not after an hour of training.
+            chat.encode_prompt(turns)
+            return turns
+
+        # Prompts of AlpacaEval or Arena-Hard have no field prompt, and judges of their own.
+        dropped = Counter()
+        _, rows, self.turns = read_prompts(
+            prompts_file, encodable, dropped, skip_bad_lines, as_it_stands,
+            required_field="prompt")
+        self.prompts = [row["prompt"] for row in rows]      # as they stand in the file
+        for reason, n in dropped.most_common():
+            say(f"judge    {prompts_file}: {n} dropped: {reason}")
+
+    def __call__(self, model):
+        """(answers, scores) of the model as it is now: N texts, N floats."""
+        # The ranks of a sharded model sample the same answers together.
+        samples = answer(model, self.chat, self.turns, seed=self.seed,
+                         max_new_tokens=self.max_new_tokens, **SAMPLING)
+        forget_gathered_weights(model)
+        answers = [texts[0] for texts in samples]       # one sample a prompt
+
+        def score():
+            scores = []
+            for turns, text in zip(self.turns, answers):
+                scores.append(float(self.function(turns, text)))
+            return scores
+
+        # One rank asks: a judge may cost money, and need not give the same score twice.
+        return answers, from_rank_0(score)
+
+    def keep(self, output, step, answers, scores):
+        """Writes answers-NNNNNN.jsonl to the run folder. Rank 0 only."""
+        rows = []
+        for prompt, text, score in zip(self.prompts, answers, scores):
+            if not math.isfinite(score):
+                score = None        # JSON has no NaN
+            rows.append({"prompt": prompt, "answer": text, "score": score})
+        write_rows(answers_file(output, step), rows)
+
+    def show_change(self, output, step):
+        """Prints how the answers of a step differ from those of step 0. Rank 0 only."""
+        if not answers_file(output, 0).exists():
+            return              # the judge came with --resume
+        before = read_answers(output, 0)
+        after = read_answers(output, step)
+        if [row["prompt"] for row in before] != self.prompts:
+            say("         step 0 was judged by other prompts; there is nothing to compare with")
+            return
+
+        # 1. How many answers score higher, how many lower. An answer that is the same may score
+        # otherwise too, by a judge that is not deterministic: that shows nothing.
+        changed = []
+        n_higher = 0
+        n_lower = 0
+        for old, new in zip(before, after):
+            has_scores = old["score"] is not None and new["score"] is not None
+            if has_scores and old["answer"] != new["answer"]:
+                changed.append((old, new))
+                n_higher += new["score"] > old["score"]
+                n_lower += new["score"] < old["score"]
+        say(f"         {n_higher} answers score higher than at step 0, {n_lower} lower; the first "
+            "four that changed:")
+
+        # 2. What some of them say.
+        for old, new in changed[:4]:
+            say(f"         {old['prompt']}",
+                f"           before: {old['answer']}   ({old['score']:.0f})",
+                f"           after:  {new['answer']}   ({new['score']:.0f})")
+
+
+def answers_file(output, step):
+    """The file of a run folder with the judged answers of a step."""
+    return output / f"answers-{step:06d}.jsonl"
+
+
+def read_answers(output, step):
+    return [row for _, row in read_jsonl(answers_file(output, step))]

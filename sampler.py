@@ -1,0 +1,333 @@
+"""Sampling from a model: continuous batching over a KV cache, top-p (nucleus) and top-k sampling.
+
+    texts = answer(model, chat, ["What is a preference pair?"], max_new_tokens=512, temperature=0)
+    ids = generate(model, prompts, seeds=[(0, i) for i in range(len(prompts))],
+                   stop_ids=chat.stop_ids, max_new_tokens=512)
+
+Each step is one forward pass of model.py over a row of tokens without padding: the newest token of
+each running sequence (decoding), then whole prompts (prefill), which take the places of sequences
+that have ended. The layers are those of training. Only attention differs: here it reads the keys
+and values of earlier tokens from a cache.
+
+Axes: T tokens of a row, n running sequences, B rows of the cache, S tokens of room in each,
+P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocabulary.
+"""
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+
+from data.dialogues import as_messages
+from model import causal_attention
+
+
+# --- the KV cache ---------------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of up to B sequences of different lengths, with room for S tokens each.
+
+    The n running sequences have the first n rows. Each row is filled from the left.
+    """
+
+    def __init__(self, model, B, S):
+        c = model.config
+        self.window = c.window
+        self.causal_attention = partial(causal_attention, window=c.window)
+        # The tokens of a head lie side by side, because attention reads one head at a time.
+        self.shape = (c.n_layers, B, c.n_kv_heads, S, c.head_dim)
+        # Allocated in the dtype and on the device of the first keys.
+        self.keys = None
+        self.values = None
+
+    def attend(self, lengths, prompt_lengths, samples, device):
+        """The attention of one step, a function attend(layer, q, k, v) for Transformer.states.
+
+        The row holds the next token of each of n sequences, which have `lengths` (n) tokens in the
+        cache, then whole prompts of `prompt_lengths` tokens. All keys and values are added to the
+        cache, those of a prompt `samples` times: one row for each of its answers.
+        """
+        n = len(lengths)
+        filled = max(lengths, default=0) + 1    # places of the cache that decoding reads
+        rows = torch.arange(n, device=device)
+        ends = torch.tensor(lengths, dtype=torch.long, device=device)   # where new tokens go, (n,)
+        distance = ends[:, None] - torch.arange(filled, device=device)  # (n, filled)
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        seen = seen[:, None, None]              # for all heads, (n, 1, 1, filled)
+
+        def attend(layer, q, k, v):
+            if self.keys is None:
+                # Zeros, because unseen places get weight 0 and a NaN times 0 would be NaN.
+                self.keys = k.new_zeros(self.shape)
+                self.values = v.new_zeros(self.shape)
+            keys = self.keys[layer]                                     # (B, K, S, D)
+            values = self.values[layer]
+            out = []
+            # Decoding: each sequence has one query a head. The H/K heads that share a key head
+            # are given to the kernel as H/K queries of one head, so that no key is repeated.
+            if n:
+                keys[rows, :, ends] = k[:n]
+                values[rows, :, ends] = v[:n]
+                n_kv_heads = k.shape[1]
+                queries = q[:n].unflatten(1, (n_kv_heads, -1))          # (n, K, H/K, D)
+                keys_read = keys[:n, :, :filled]
+                values_read = values[:n, :, :filled]
+                decoded = F.scaled_dot_product_attention(
+                    queries, keys_read, values_read, attn_mask=seen)
+                out.append(decoded.flatten(1, 2))                       # (n, H, D)
+            # Prefill: plain causal attention within each prompt.
+            start = n
+            row = n
+            for P in prompt_lengths:
+                prompt = slice(start, start + P)
+                k_prompt = k[prompt]                                    # (P, K, D)
+                v_prompt = v[prompt]
+                out.append(self.causal_attention(q[prompt], k_prompt, v_prompt))
+                copies = slice(row, row + samples)
+                keys[copies, :, :P] = k_prompt.transpose(0, 1)
+                values[copies, :, :P] = v_prompt.transpose(0, 1)
+                start += P
+                row += samples
+            return torch.cat(out)                                       # (T, H, D)
+        return attend
+
+    def move(self, source, target, length):
+        """Copies the first `length` tokens of row `source` to row `target`."""
+        for cached in (self.keys, self.values):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
+
+
+# --- choosing the next token ----------------------------------------------------------------------
+
+def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
+    """Next tokens (B,) from logits (B, V), by inverse-CDF sampling.
+
+    At temperature 0 it is the likeliest token. Else a token is drawn from softmax(logits /
+    temperature), of which top-k keeps the top_k likeliest tokens (0: all), and top-p (nucleus)
+    sampling (Holtzman et al. 2019, arXiv 1904.09751) keeps, of these, the fewest likeliest that
+    have top_p of their probability.
+
+    uniform: (B,) in float64, in [0, 1). It alone decides, so a sequence depends on no neighbour.
+    first: tokens that are sorted for top-p. Sorting all V would take longer than a block of the
+    model, and the `first` largest are nearly always enough; the rows that need more sort all.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)      # (B, V)
+    V = probs.shape[-1]
+
+    # 1. Candidates: the likeliest tokens, sorted, or the whole vocabulary in its own order.
+    candidates = None
+    if top_k or top_p < 1:
+        n_candidates = min(top_k or first, V)
+        probs, candidates = probs.topk(n_candidates)
+    cdf = probs.cumsum(-1, dtype=torch.float64)             # not normalised
+    total = cdf[:, -1:]                                     # (B, 1)
+
+    # 2. The nucleus: of the candidates in their order, those up to the first that reaches top_p.
+    kept = total
+    if top_p < 1:
+        wanted = top_p * total if top_k else top_p
+        last = (cdf < wanted).sum(-1, keepdim=True)         # its index, (B, 1)
+        last.clamp_(max=cdf.shape[-1] - 1)
+        kept = cdf.gather(-1, last)                         # its probability, (B, 1)
+
+    # 3. The first candidate whose CDF exceeds uniform * kept. There is one, because uniform < 1
+    # makes that product less than kept in float64 too.
+    point = uniform[:, None] * kept
+    choice = torch.searchsorted(cdf, point, right=True)     # (B, 1)
+    if candidates is not None:
+        choice = candidates.gather(-1, choice)
+    tokens = choice[:, 0]
+
+    # 4. Flat rows, whose `first` tokens do not reach top_p, are drawn again from all V.
+    if top_p < 1 and not top_k and first < V:
+        flat = total[:, 0] < top_p
+        if flat.any():                                      # waits for the GPU
+            tokens[flat] = sample(
+                logits[flat], uniform[flat], temperature=temperature, top_p=top_p, first=V)
+    return tokens
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+@dataclass
+class Sequence:
+    """A running answer."""
+    prompt: int                                 # index of its prompt
+    sample: int                                 # which of the answers to it
+    length: int                                 # tokens in the cache
+    random: np.random.Generator
+    ids: list = field(default_factory=list)     # the answer so far; the last is not cached yet
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,                # N lists of ids
+    *,
+    seeds,                  # N tuples of ints
+    stop_ids,               # the tokens that end an answer
+    max_new_tokens,
+    samples=1,              # answers to each prompt
+    batch_size=32,          # answers that run at once
+    temperature=0.8,        # 0 is greedy
+    top_p=0.95,
+    top_k=0,                # 0: all tokens
+    progress=None,          # called after each step with (tokens sampled, answers ended)
+):
+    """Answers to N prompts, by continuous batching: N lists of `samples` lists of ids, without the
+    end token. A list of max_new_tokens ids did not come to its end.
+
+    The j-th answer to a prompt draws from a generator of its own, seeded by the prompt's tuple and
+    j. It depends on nothing else, but for the rounding of logits. ValueError names a setting or a
+    prompt that is out of range. All ranks of a sharded model must call this function together.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sizes = {"samples": samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    check_settings(model, **sizes, **sampling)
+    check_prompts(model, prompts, max_new_tokens)
+    answers = [[None] * samples for _ in prompts]
+    # Popped from the end, the longest prompt first: short ones are left to fill the last gaps.
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts), default=0)
+    n_rows = min(batch_size, samples * len(prompts))
+    cache = KVCache(model, n_rows, longest + max_new_tokens)
+    running = []            # the Sequence of each row of the cache
+    while waiting or running:
+        # 1. Waiting prompts take the free places, one for each of their answers.
+        n_new = min(len(waiting), (batch_size - len(running)) // samples)
+        new = [waiting.pop() for _ in range(n_new)]
+
+        # 2. One forward pass: decoding and prefill together.
+        new_prompts = [prompts[i] for i in new]
+        states = run_step(model, cache, running, new_prompts, samples)      # (B, dim)
+        for i in new:
+            running += new_sequences(i, len(prompts[i]), seeds[i], samples)
+
+        # 3. The next token of each sequence.
+        logits = states @ model.head_weight.T               # (B, V)
+        uniform = np.array([sequence.random.random() for sequence in running])
+        uniform = torch.from_numpy(uniform).to(model.device)
+        tokens = sample(logits, uniform, **sampling)        # (B,)
+        if isinstance(model, FSDPModule):
+            dist.broadcast(tokens, 0)   # ranks must stay in step even if they round differently
+
+        # 4. Sequences that have ended leave.
+        tokens = tokens.tolist()                            # waits for the GPU
+        ended = end_sequences(cache, running, tokens, stop_ids, max_new_tokens)
+        for sequence in ended:
+            answers[sequence.prompt][sequence.sample] = sequence.ids
+        if progress:
+            progress(len(tokens), len(ended))
+    return answers
+
+
+def new_sequences(prompt, length, seed, samples):
+    """The Sequences of the `samples` answers to a prompt, each with a generator of its own."""
+    sequences = []
+    for j in range(samples):
+        random = np.random.default_rng((*seed, j))
+        sequences.append(Sequence(prompt, j, length, random))
+    return sequences
+
+
+def run_step(model, cache, running, prompts, samples):
+    """One forward pass over the newest token of each running sequence and over whole new prompts.
+
+    Returns the states that predict the next tokens, (B, dim): of the running sequences, then of
+    each prompt, whose last token predicts the first token of all its `samples` answers.
+    """
+    lengths = [sequence.length for sequence in running]
+    tokens = [sequence.ids[-1] for sequence in running]
+    positions = list(lengths)
+    predictors = list(range(len(running)))      # indices into the row
+    for prompt in prompts:
+        tokens += prompt
+        positions += range(len(prompt))
+        predictors += [len(tokens) - 1] * samples
+    device = model.device
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    attend = cache.attend(lengths, prompt_lengths, samples, device)
+    tokens = torch.tensor(tokens, device=device)
+    positions = torch.tensor(positions, device=device)
+    states = model.states(tokens, positions, attend)        # (T, dim)
+    for sequence in running:
+        sequence.length += 1
+    return states[predictors]
+
+
+def end_sequences(cache, running, tokens, stop_ids, max_new_tokens):
+    """Gives each running sequence its next token. Takes those that have ended out of `running` and
+    of the cache, where the last row moves into the gap, and returns them."""
+    ended = []
+    # From the last row to the first: a row that moves into a gap has had its token already.
+    for row in reversed(range(len(running))):
+        sequence = running[row]
+        stops = tokens[row] in stop_ids
+        if not stops:
+            sequence.ids.append(tokens[row])
+        if stops or len(sequence.ids) == max_new_tokens:
+            ended.append(sequence)
+            last = running.pop()
+            if last is not sequence:
+                cache.move(len(running), row, last.length)
+                running[row] = last
+    return ended
+
+
+def check_settings(model, *, samples, batch_size, max_new_tokens, temperature, top_p, top_k):
+    """ValueError that names the setting of `generate` that is out of range."""
+    positions = model.config.max_positions
+    settings = (    # name, value, whether it is in range, the range
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("samples", samples, samples > 0, "1 or more"),
+        ("max_new_tokens", max_new_tokens, 0 < max_new_tokens < positions,
+         f"1 or more, and fewer than the {positions} positions of the model"),
+        ("batch_size", batch_size, batch_size >= samples,
+         f"room for the {samples} answers to a prompt"),
+    )
+    for name, value, in_range, expected in settings:
+        if not in_range:
+            raise ValueError(f"{name} = {value}; expected {expected}")
+
+
+def check_prompts(model, prompts, max_new_tokens):
+    """ValueError that names the first prompt (counted from 1) that is empty or too long."""
+    for number, prompt in enumerate(prompts, 1):
+        if not fits(model, prompt, max_new_tokens):
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens; expected 1 or more, and with "
+                f"max_new_tokens = {max_new_tokens} at most the {model.config.max_positions} "
+                "positions of the model")
+
+
+def fits(model, prompt, max_new_tokens):
+    """Whether a prompt (ids) is not empty and leaves room for an answer."""
+    return 0 < len(prompt) <= model.config.max_positions - max_new_tokens
+
+
+def answer(model, chat, prompts, *, seed=0, **settings):
+    """Answers to N prompts (a string or a list of turns each), as N lists of texts.
+
+    settings are those of `generate`: max_new_tokens must be given. All ranks of a sharded model
+    must call this together.
+    """
+    encoded = []
+    seeds = []
+    for i, prompt in enumerate(prompts):
+        encoded.append(chat.encode_prompt(as_messages(prompt)))
+        seeds.append((seed, i))
+    answers = generate(model, encoded, seeds=seeds, stop_ids=chat.stop_ids, **settings)
+    texts = []
+    for some in answers:
+        texts.append([chat.decode_response(ids) for ids in some])
+    return texts

@@ -1,0 +1,469 @@
+"""Scores sampled answers: adds `all_rm_scores` to rows of `prompt` and `all_generated_responses`.
+
+    python score.py --input answers.jsonl --output scored.jsonl --judge data/tiny/judge.py:score
+    python score.py --input answers.jsonl --output scored.jsonl --reward_model ArmoRM-Llama3-8B-v0.1
+
+A judge is a Python function, called with (prompt turns, answer), that returns a number. A reward
+model is a Hugging Face folder with one of two heads in place of the vocabulary: a single number,
+`score.weight` (1, dim), as LlamaForSequenceClassification has it (and Mistral's and Qwen's), or
+ArmoRM's gated objectives. It reads the end token of an answer, which is laid out by the chat
+template of its own folder. Where a template writes more after that (ChatML's newline), transformers
+reads the last token of that, and its scores differ.
+
+Several scorers may be given. `all_rm_scores` is then their mean, `all_scorer_scores` the list of
+each one, judges first, and `scorers` their names. Nothing is rescaled: a scorer of 0 to 100 drowns
+one of 0 to 1, so the end of a run prints the mean and the spread of each. Lines go to
+OUTPUT.partial, which gets its final name once it is whole. The same call goes on with what it has
+written there, or in OUTPUT.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.files import parse_line, read_rows, written_whole
+from data.preference import as_answers
+from judge import load_judge
+from model import Transformer, causal_attention, checkpoint_tensors, load_model
+from tokenizer import CHAT_FORMATS, load_chat
+
+# A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
+# At 8B in bf16 the widest activations, two of the MLP, take 1 GB.
+TOKENS_PER_ROW = 16384
+PROGRESS_SECONDS = 30       # between two lines of progress
+# Fields that came of other scores and would be taken to belong to these.
+STALE = ("all_rm_scores", "all_scorer_scores", "scorers",
+         "chosen", "rejected", "chosen_score", "rejected_score")
+# Fields that must be the same in a line that is scored already.
+SCORED_FIELDS = ("prompt", "system", "history", "all_generated_responses")
+
+
+# --- judges ---------------------------------------------------------------------------------------
+
+class JudgeScorer:
+    """A judge as a scorer: (prompt turns, N answers) -> N floats. name: FILE.py:FUNCTION."""
+
+    def __init__(self, name):
+        self.source = name
+        self.name = Path(name).name         # in the output
+        self.judge = load_judge(name)
+
+    def check(self, turns, answers):
+        """A judge takes answers of any length."""
+
+    def __call__(self, turns, answers):
+        scores = []
+        for number, answer in enumerate(answers, 1):
+            try:
+                score = self.judge(turns, answer)
+            except Exception as e:
+                raise RuntimeError(f"judge {self.source} failed on answer {number}") from e
+            try:
+                scores.append(float(score))
+            except (TypeError, ValueError):
+                raise ValueError(f"judge {self.source} gave answer {number} {score!r:.40}; "
+                                 "expected a number") from None
+        return scores
+
+
+# --- reward models --------------------------------------------------------------------------------
+
+class ScalarReward(Transformer):
+    """A Transformer whose head is one number: `score.weight` (1, dim)."""
+    others = ("num_labels",)        # fields of config.json that are handled here
+
+    def __init__(self, config, fields):
+        super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
+        self.pad_id = fields.get("pad_token_id")
+        self.score = nn.Linear(config.dim, 1, bias=False)
+
+    def reward(self, ends, prompt):
+        """Rewards (N,) of N answers, from the states of their end tokens (N, dim). Those of the
+        prompt's tokens (P, dim) do not matter."""
+        return self.score(ends)[:, 0]
+
+
+class GatedReward(Transformer):
+    """ArmoRM's head (Wang et al. 2024, arXiv 2406.12845), names and defaults as of its
+    modeling_custom.py: J objectives read at the end token, mixed by a gate that reads the prompt.
+
+        reward = sum_j gate_j * (objectives @ reward_transform_matrix)_j
+        gate   = logit_scale * softmax(layers(state of the prompt's end) / temperature)
+    """
+    defaults = {
+        "num_objectives": 19,           # J
+        "gating_hidden_dim": 1024,
+        "gating_n_hidden": 3,           # hidden layers of the gate, an MLP
+        "gating_temperature": 10,
+    }
+    others = ("num_labels", "auto_map", *defaults)
+    # A prompt ends with <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n. The gate
+    # reads the first of these.
+    prompt_end = [128009, 128006, 78191, 128007, 271]
+
+    def __init__(self, config, fields):
+        super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
+        self.pad_id = fields.get("pad_token_id")
+        found = [fields.get(name, default) for name, default in self.defaults.items()]
+        J, width, n_hidden, self.temperature = found
+        sizes = (J, width, n_hidden)
+        are_sizes = all(type(size) is int and size > 0 for size in sizes)
+        if not are_sizes or not self.temperature > 0:
+            raise ValueError(f"config.json: {', '.join(self.defaults)} are "
+                             f"{', '.join(map(str, found))}; expected positive numbers")
+        self.regression_layer = nn.Linear(config.dim, J, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.empty(J, J))
+        # The names of these parameters are those of ArmoRM's files.
+        widths = [config.dim] + [width] * n_hidden + [J]
+        layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.gating = nn.ModuleDict({"layers": layers})
+        self.gating.logit_scale = nn.Parameter(torch.empty(1))
+
+    def reward(self, ends, prompt):
+        """Rewards (N,) of N answers, from the states of their end tokens (N, dim) and of the
+        prompt's tokens (P, dim)."""
+        x = prompt[-len(self.prompt_end)]                                   # (dim,)
+        for layer in self.gating.layers[:-1]:
+            x = F.relu(layer(x))
+        x = self.gating.layers[-1](x)                                       # (J,)
+        gate = self.gating.logit_scale * (x / self.temperature).softmax(-1)
+        objectives = self.regression_layer(ends)                            # (N, J)
+        return objectives @ self.reward_transform_matrix @ gate             # (N,)
+
+
+def load_reward_model(folder, dtype=torch.float32, device="cpu"):
+    """A Transformer with the head that its weights name. ValueError if they name none.
+
+    The head computes in fp32: in bf16 a score of 0.1 moves in steps of 0.0005, and answers that
+    differ would tie.
+    """
+    found = checkpoint_tensors(folder)
+    if "regression_layer.weight" in found:
+        kind = GatedReward
+    elif "score.weight" in found:
+        kind = ScalarReward
+    else:
+        raise ValueError(f"{folder}: no weight score.weight or regression_layer.weight; expected "
+                         "a reward model")
+
+    # load_model calls this once it has checked config.json.
+    def build(config):
+        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        return kind(config, json.loads(text))
+
+    model = load_model(folder, dtype, device, build=build, others=kind.others)
+    for name, p in model.named_parameters():
+        if not name.startswith("model."):
+            p.data = p.data.float()
+    return model
+
+
+@torch.no_grad()
+def rewards(model, prompt, answers):
+    """Rewards (N,) in fp32 of N answers to one prompt, all lists of ids.
+
+    They run as one row [prompt | answer | answer ...] in which each answer sees the prompt and
+    itself (prefix sharing): the prompt goes through the layers once.
+    """
+    P = len(prompt)
+    tokens = list(prompt)
+    positions = list(range(P))
+    for ids in answers:
+        tokens += ids
+        positions += range(P, P + len(ids))
+    ends = list(accumulate(map(len, answers), initial=P))       # of the prompt and each answer
+
+    def attend(layer, q, k, v):
+        out = []
+        for start, end in zip(ends, ends[1:]):
+            # One sequence: the prompt and this answer.
+            q_one = torch.cat((q[:P], q[start:end]))
+            k_one = torch.cat((k[:P], k[start:end]))
+            v_one = torch.cat((v[:P], v[start:end]))
+            one = causal_attention(q_one, k_one, v_one, model.config.window)
+            if start > P:
+                one = one[P:]       # the first answer brought the prompt's part
+            out.append(one)
+        return torch.cat(out)                                   # (T, H, D)
+
+    tokens = torch.tensor(tokens, device=model.device)
+    positions = torch.tensor(positions, device=model.device)
+    states = model.states(tokens, positions, attend)            # (T, dim)
+    end_tokens = [end - 1 for end in ends[1:]]
+    return model.reward(states[end_tokens].float(), states[:P].float())
+
+
+class RewardScorer:
+    """A reward model as a scorer: (prompt turns, N answers) -> N floats.
+
+    folder: a Hugging Face folder, with its tokenizer. chat_format and date: as of load_chat.
+    ValueError if the folder is no reward model, or if its parts do not belong together.
+    """
+
+    def __init__(self, folder, chat_format=None, date=None):
+        # What is no model folder is told so before anything else.
+        checkpoint_tensors(folder)
+        self.folder = folder
+        self.chat = load_chat(folder, chat_format, date)
+        if torch.cuda.is_available():
+            self.model = load_reward_model(folder, torch.bfloat16, "cuda")
+        else:
+            self.model = load_reward_model(folder, torch.float32, "cpu")
+        self._check_layout()
+        self.name = Path(folder).resolve().name         # in the output
+        if self.chat.date:                              # of a chat template that writes it
+            self.name += f" on {self.chat.date}"
+
+    def _check_layout(self):
+        """ValueError unless the chat format ends prompts and answers as the head reads them."""
+        if self.model.pad_id == self.chat.end_id:
+            raise ValueError(
+                f"{self.folder}: pad_token_id = {self.model.pad_id} of config.json is the end "
+                "token of an answer, so that transformers reads the token before it; to read the "
+                "end token set it to null")
+        # A gate that reads another token would mix the objectives in some other way, silently.
+        if isinstance(self.model, GatedReward):
+            wanted = self.model.prompt_end
+            prompt = self.chat.encode_prompt([{"role": "user", "content": "Hi"}])
+            if prompt[-len(wanted):] != wanted:
+                raise ValueError(
+                    f"{self.folder}: its gate reads Llama-3's tokens {wanted} at the end of a "
+                    f"prompt; {self.chat.source} ends it otherwise")
+
+    def check(self, turns, answers):
+        """ValueError if an answer is too long, to be told of before anything is scored."""
+        self._encode(turns, answers)
+
+    def _encode(self, turns, answers):
+        """(ids of the prompt, ids of each answer). ValueError if one is too long."""
+        prompt = self.chat.encode_prompt(turns)
+        encoded = []
+        longest = self.model.config.max_positions
+        for number, answer in enumerate(answers, 1):
+            ids = self.chat.encode_response(answer)
+            n_tokens = len(prompt) + len(ids)
+            if n_tokens > longest:
+                raise ValueError(
+                    f"prompt and answer {number} have {n_tokens} tokens, more than the {longest} "
+                    f"positions of {self.folder}; leave the answer out")
+            encoded.append(ids)
+        return prompt, encoded
+
+    def __call__(self, turns, answers):
+        prompt, encoded = self._encode(turns, answers)
+        # Answers that do not fit in a row go into the next one.
+        rows = [[]]
+        n_tokens = len(prompt)      # of the last row
+        for ids in encoded:
+            if rows[-1] and n_tokens + len(ids) > TOKENS_PER_ROW:
+                rows.append([])
+                n_tokens = len(prompt)
+            rows[-1].append(ids)
+            n_tokens += len(ids)
+        scores = [rewards(self.model, prompt, row) for row in rows]
+        return torch.cat(scores).tolist()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_stands=False):
+    """Yields ("file:line", row, prompt turns, answers) of a file of rows. ValueError names the bad
+    lines. One whose answer is too long for a scorer is among them."""
+    def answers_to_score(row, source):
+        turns, answers = as_answers(row, as_it_stands)
+        if not answers:
+            raise ValueError("all_generated_responses is empty; expected an answer or more")
+        for scorer in scorers:
+            scorer.check(turns, answers)
+        return row, turns, answers
+
+    for source, found in read_rows([path], answers_to_score, dropped, skip_bad_lines):
+        row, turns, answers = found
+        yield source, row, turns, answers
+
+
+def scored_before(path, lines, names):
+    """(number of `lines` that a file holds already, its bytes up to there).
+
+    lines: an iterator of read_answers, which moves past them. names: of the scorers. A last line
+    that was cut short does not count. ValueError if the file holds other answers or scorers.
+    """
+    done = 0
+    size = 0
+    if not path.exists():
+        return done, size
+    # In binary, because `size` counts bytes.
+    with open(path, "rb") as f:
+        for text in f:
+            # A line that was cut short ends what is done. If it is the first one, and of OUTPUT,
+            # it is compared below: the file may be something else, not to be overwritten.
+            is_ours = done > 0 or path.suffix == ".partial"
+            if not text.endswith(b"\n") and is_ours:
+                break
+            found = parse_line(f"{path}:{done + 1}", text)
+            source, row, _, _ = next(lines, ("no more lines", {}, [], []))
+            is_same = found.get("scorers") == names
+            for name in SCORED_FIELDS:
+                is_same = is_same and found.get(name) == row.get(name)
+            if not is_same:
+                raise ValueError(
+                    f"{path}:{done + 1}: found another line than {source} scored by "
+                    f"{', '.join(names)}; expected a new file, or one that the same call began")
+            done += 1
+            size += len(text)
+    return done, size
+
+
+def begin_output(output, lines, names):
+    """(the file to append to, how many of `lines` it holds): OUTPUT.partial, which begins as what
+    there is of OUTPUT."""
+    output = Path(output)
+    begun = Path(f"{output}.partial")
+    if begun.exists():
+        done, size = scored_before(begun, lines, names)
+    else:
+        done, size = scored_before(output, lines, names)
+        # OUTPUT stays as it is until all lines are scored.
+        if done:
+            with written_whole(begun) as temporary:
+                shutil.copyfile(output, temporary)
+    if begun.exists():
+        os.truncate(begun, size)        # without a last line that was cut short
+    return begun, done
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--input", required=True, help="file of answers, as generate.py writes it")
+    flag("--output", required=True, help="JSON Lines file to write or to go on with")
+    # The scorers.
+    flag("--judge", nargs="+", default=[], metavar="FILE.py:FUNCTION")
+    flag("--reward_model", nargs="+", default=[], metavar="FOLDER")
+    # How the input is read, and laid out for reward models.
+    flag("--chat_format", choices=CHAT_FORMATS,
+         help="of reward models; if not given as their files say")
+    flag("--date", help="2026-01-31, for chat templates of reward models that write it; today if "
+         "not given")
+    flag("--skip_bad_lines", action="store_true",
+         help="drop and count bad lines, and those with answers too long to score, instead of "
+         "stopping")
+    flag("--as_it_stands", action="store_true",
+         help="take prompts that are laid out already as they stand")
+    args = parser.parse_args(argv)
+    if not args.judge and not args.reward_model:
+        parser.error("give --judge, --reward_model or both")
+    return args
+
+
+def score_line(source, row, turns, answers, scorers):
+    """(the row with its scores, the list of each scorer). ValueError names the line."""
+    try:
+        scores = [scorer(turns, answers) for scorer in scorers]
+        for of_one in scores:
+            if not all(map(math.isfinite, of_one)):
+                raise ValueError(f"scores {scores} are not all finite")
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+    except Exception as e:
+        e.add_note(f"at {source}")      # a mistake in the judge: its traceback is needed
+        raise
+    # What another call wrote of scores is replaced, and the pair that was made of them.
+    row = {name: value for name, value in row.items() if name not in STALE}
+    row["all_rm_scores"] = [statistics.fmean(of_answer) for of_answer in zip(*scores)]
+    if len(scorers) > 1:
+        row["all_scorer_scores"] = scores
+    row["scorers"] = [scorer.name for scorer in scorers]
+    return row, scores
+
+
+def score_lines(lines, scorers, file, done, total):
+    """Scores the lines that are left of `total`, and appends them to the file `file`.
+
+    Returns (the scores of each scorer, how many lines had been scored or paired before).
+    """
+    scores = [[] for _ in scorers]
+    n_stale = 0
+    began = time.time()
+    told = began            # when a line of progress was printed
+    with open(file, "a", encoding="utf-8") as f:
+        for n, (source, row, turns, answers) in enumerate(lines, 1):
+            scored, new = score_line(source, row, turns, answers, scorers)
+            # Flushed, because a line may be an hour's or a dollar's worth.
+            print(json.dumps(scored, ensure_ascii=False), file=f, flush=True)
+            n_stale += any(name in row for name in STALE)
+            for of_one, new_of_one in zip(scores, new):
+                of_one += new_of_one
+            now = time.time()
+            if now - told > PROGRESS_SECONDS:
+                told = now
+                rate = n / (now - began)
+                left = (total - done - n) / rate
+                print(f"{done + n}/{total} prompts  {rate:.2f} prompts/s  {left / 60:.0f} min "
+                      "left", flush=True)
+    return scores, n_stale
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    read = partial(read_answers, args.input, skip_bad_lines=args.skip_bad_lines,
+                   as_it_stands=args.as_it_stands)
+
+    # 1. Bad lines are found before models are loaded, which takes minutes.
+    for _ in read():
+        pass
+
+    # 2. The scorers, judges first.
+    scorers = [JudgeScorer(name) for name in args.judge]
+    for folder in args.reward_model:
+        scorers.append(RewardScorer(folder, args.chat_format, args.date))
+    names = [scorer.name for scorer in scorers]
+
+    # 3. Answers that are too long for a scorer are found before an hour of scoring.
+    dropped = Counter()
+    total = 0
+    for _ in read(scorers, dropped):
+        total += 1
+    for reason, n in dropped.most_common():
+        print(f"{args.input}: {n} dropped: {reason}", flush=True)
+
+    # 4. What is scored already.
+    lines = read(scorers)
+    begun, done = begin_output(args.output, lines, names)
+    if done:
+        print(f"{args.output}: {done} of {total} lines are scored already")
+
+    # 5. The rest.
+    began = time.time()
+    scores, n_stale = score_lines(lines, scorers, begun, done, total)
+    begun.replace(args.output)
+    stale = ""
+    if n_stale:
+        stale = f"; {n_stale} had been scored or paired before, which is replaced"
+    print(f"{args.output}: {total - done} lines scored in {time.time() - began:.0f} s{stale}")
+    for name, of_one in zip(names, scores):
+        if of_one:
+            print(f"  {name}: mean {statistics.fmean(of_one):.4g}, standard deviation "
+                  f"{statistics.pstdev(of_one):.4g}, {min(of_one):.4g} to {max(of_one):.4g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
