@@ -1,5 +1,5 @@
-"""Small files as people bring them, through every command that reads such files: train.py, generate.py,
-data/score.py and data/pairs.py. None of them leaves half a file under its final name.
+"""Small files as people bring them, through every command that reads such files: train.py, generate.py, score.py and
+data/pairs.py. None of them leaves half a file under its final name.
 
     pytest tests/test_cases.py
 """
