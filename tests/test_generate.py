@@ -378,7 +378,8 @@ def test_the_command_line_prints_answers(capsys):
 def test_an_error_is_one_line(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"promt": "?"}\n')
     done = subprocess.run([sys.executable, "generate.py", "--model", str(TINY), "--prompts", f"{tmp_path}/p.jsonl",
-                           "--output", f"{tmp_path}/a.jsonl", "--max_new_tokens", "30"], cwd=ROOT, capture_output=True, text=True)
+                           "--output", f"{tmp_path}/a.jsonl", "--max_new_tokens", "30"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a.jsonl").exists()
 
@@ -420,7 +421,8 @@ def test_arena_hard_questions_become_its_model_answers(tmp_path, tiny):
     assert [{key: type(value) for key, value in row.items()} for row in answers] == [ARENA_OUTPUT] * 2
     assert [row["question_id"] for row in answers] == [row["question_id"] for row in ARENA]
     assert len({row["answer_id"] for row in answers}) == 2 and {row["model_id"] for row in answers} == {"tiny-alphapo"}
-    texts = answer(tiny[0], tiny[2], [row["turns"][0]["content"] for row in ARENA], samples=2, batch_size=2, max_new_tokens=30)
+    texts = answer(tiny[0], tiny[2], [row["turns"][0]["content"] for row in ARENA], samples=2, batch_size=2,
+                   max_new_tokens=30)
     for row, some in zip(answers, texts):
         assert [choice["index"] for choice in row["choices"]] == [0, 1]
         for choice, text in zip(row["choices"], some):
