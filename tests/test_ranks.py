@@ -734,7 +734,7 @@ def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
                 "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": 8, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
                 "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    readme = (ROOT / "RUNNING.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     row = readme.index(f"| {name}")
     for way in ways:
         plan.plan(plan.parse_args(["--model", str(tmp_path), "--recompute", *way]))
