@@ -48,8 +48,7 @@ class Setting:
 
 
 SETTINGS = [
-    Setting(), Setting(compiled=True), Setting(recompute=True, compiled=True),
-    Setting(shared=False)]
+    Setting(), Setting(compiled=True), Setting(recompute=True), Setting(shared=False)]
 
 
 def write_model(folder, dim, layers, vocab):
