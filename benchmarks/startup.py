@@ -52,6 +52,8 @@ def run_to_first_step(model, data, folder, name):
             print(f"    {line.rstrip()}", flush=True)
         if line.startswith("pair "):
             break
+    else:
+        raise RuntimeError("train.py ended before its first step; its own output says why")
     seconds = time.perf_counter() - began
     status = Path(f"/proc/{run.pid}/status").read_text()
     run.kill()
