@@ -194,8 +194,8 @@ def rewards(model, prompt, answers):
             k_one = torch.cat((k[:P], k[start:end]))
             v_one = torch.cat((v[:P], v[start:end]))
             one = causal_attention(q_one, k_one, v_one, model.config.window)
-            if start > P:
-                one = one[P:]       # the first answer brought the prompt's part
+            if out:
+                one = one[P:]       # the prompt's part came with the first answer
             out.append(one)
         return torch.cat(out)                                   # (T, H, D)
 
