@@ -165,6 +165,7 @@ def load_reward_model(folder, dtype=torch.float32, device="cpu"):
         return kind(config, json.loads(text))
 
     model = load_model(folder, dtype, device, build=build, others=kind.others)
+    # Names of the body begin with "model.", as in any Hugging Face folder; the rest is the head.
     for name, p in model.named_parameters():
         if not name.startswith("model."):
             p.data = p.data.float()
@@ -375,6 +376,7 @@ def score_line(source, row, turns, answers, scorers):
     """(the row with its scores, the list of each scorer). ValueError names the line."""
     try:
         scores = [scorer(turns, answers) for scorer in scorers]
+        # A NaN would be the best or the worst answer by the order of comparisons.
         for of_one in scores:
             if not all(map(math.isfinite, of_one)):
                 raise ValueError(f"scores {scores} are not all finite")
