@@ -165,6 +165,7 @@ def load_reward_model(folder, dtype=torch.float32, device="cpu"):
         return kind(config, json.loads(text))
 
     model = load_model(folder, dtype, device, build=build, others=kind.others)
+    # Names of the body begin with "model.", as in any Hugging Face folder; the rest is the head.
     for name, p in model.named_parameters():
         if not name.startswith("model."):
             p.data = p.data.float()
@@ -194,8 +195,8 @@ def rewards(model, prompt, answers):
             k_one = torch.cat((k[:P], k[start:end]))
             v_one = torch.cat((v[:P], v[start:end]))
             one = causal_attention(q_one, k_one, v_one, model.config.window)
-            if start > P:
-                one = one[P:]       # the first answer brought the prompt's part
+            if out:
+                one = one[P:]       # the prompt's part came with the first answer
             out.append(one)
         return torch.cat(out)                                   # (T, H, D)
 
@@ -375,6 +376,7 @@ def score_line(source, row, turns, answers, scorers):
     """(the row with its scores, the list of each scorer). ValueError names the line."""
     try:
         scores = [scorer(turns, answers) for scorer in scorers]
+        # A NaN would be the best or the worst answer by the order of comparisons.
         for of_one in scores:
             if not all(map(math.isfinite, of_one)):
                 raise ValueError(f"scores {scores} are not all finite")
