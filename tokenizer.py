@@ -39,12 +39,12 @@ import tiktoken
 # --- tokenizers -----------------------------------------------------------------------------------
 #
 # A text is cut at the names of added tokens, and the runs of text between them are encoded one by
-# one. Sentencepiece begins a text with a space, so it matters at which place a run stands:
+# one. Sentencepiece begins a text with a space, so it matters where a run is, its place:
 #
 #   "text"      by itself
 #   "start"     at the start of a rendered dialogue
-#   "after"     behind an added token
-#   "inside"    behind other text
+#   "after"     after an added token
+#   "inside"    after other text
 
 # The places at which a run gets a space in front. The keys are tokenizer.json's own words, and
 # "every", under which a run of a dialogue gets one even if it begins with a space itself.
@@ -56,7 +56,7 @@ SPACED_PLACES = {
 }
 
 # A chat template writes its control tokens and the content into one string. BREAK is put into names
-# of control tokens that stand in content (ChatTemplate.break_control), so that they are not found
+# of control tokens that occur in content (ChatTemplate.break_control), so that they are not found
 # there, and is taken out again when the string is encoded (without_breaks). Unicode reserves this
 # character for use inside a program; where content holds it nevertheless, it is doubled.
 BREAK = "\ufdd0"
@@ -106,11 +106,11 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text, place):
-        """Ids of a text that stands at `place`; names of control tokens in it are text."""
+        """Ids of a text at `place`; names of control tokens in it are text."""
         return self._encode_parts(self.find_word.split(text), place)
 
     def encode_rendered(self, text, place="start"):
-        """Ids of a text that a chat template rendered: names of control tokens stand for them."""
+        """Ids of a text that a chat template rendered: names of control tokens are those tokens."""
         parts = [without_breaks(part) for part in self.find_name.split(text)]
         return self._encode_parts(parts, place)
 
@@ -120,7 +120,7 @@ class Tokenizer:
             if n % 2:                       # the parts are text, a name, text, a name, ..., text
                 ids.append(self.names[part])
                 place = "after"
-            elif part:                      # nothing stands between two names in a row
+            elif part:                      # empty between two names in a row
                 ids += self.encode_run(part, place)
         return ids
 
@@ -164,7 +164,7 @@ class Tokenizer:
     # What subclasses define, for a run of text that holds no added token.
 
     def encode_run(self, text, place):
-        """Ids of a run of text, which stands at `place`."""
+        """Ids of a run of text at `place`."""
         raise NotImplementedError
 
     def decode_run(self, ids, place):
@@ -275,7 +275,7 @@ class SentencePieceTokenizer(Tokenizer):
             return ids
 
         # The model itself knows a symbol that another file declares a control token, and found it
-        # in the text. It is not found in text that is cut behind the first letter of its name.
+        # in the text. It is not found in text that is cut after the first letter of its name.
         first_letters = [re.escape(name[:1]) for name in self.special]
         cut = re.compile("(?<=" + "|".join(first_letters) + ")")
         ids = []
@@ -365,7 +365,7 @@ class CharacterPairTokenizer(Tokenizer):
     def _encode_part(self, text):
         """Ids of text without whole pieces, cut where nothing is merged."""
         ids = []
-        start = 0                           # behind the last cut
+        start = 0                           # of the part after the last cut
         for end, (a, b) in enumerate(pairwise(text), 1):
             if a + b not in self.neighbors:
                 ids += self.merge(text[start:end])
@@ -445,13 +445,13 @@ def byte_name(b):
 
 # How text is cut before byte pairs are merged, so that no token reaches from one word into the
 # next. Llama-3: letters with the character before them, digits by threes, marks with the newlines
-# behind them, white space.
+# after them, white space.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # GPT-2: letters, digits or marks with the space before them, white space.
 GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|"
                 r"\s+(?!\S)|\s+")
-# GPT-2's behind a step that takes digits out one by one (SmolLM2).
+# GPT-2's, after a step that takes digits out one by one (SmolLM2).
 DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|"
                   r"\s+(?![^\s\p{N}])|\s+")
 
@@ -482,7 +482,7 @@ class AddedTokens:
 
     special: dict       # {name: id} of control tokens
     words: dict         # {name: id} of the other tokens
-    whole: dict         # {piece: id} of words that are found only behind a space
+    whole: dict         # {piece: id} of words that are found only after a space
     bos: str            # name of the begin token; None where the files name none
     eos: str            # name of the end token; None where the files name none
 
@@ -581,7 +581,7 @@ def _added_tokens(folder, settings, spec):
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         listed.append((token["content"], i, token))
 
-    # A token may stand in several files: with one id, and the flags of the last file count.
+    # Where several files have a token they must agree on its id; the flags of the last count.
     _check_numbering(folder / "tokenizer.json", spec)
     ids = {}
     flags_of = {}
@@ -624,9 +624,11 @@ def _sort_tokens(folder, ids, flags_of, named, prepends):
 
     named: names that the settings give a role, such as the end token's. prepends: whether the
     normalizer puts a space before text. Tokens with the flag "normalized" are looked for after
-    that, and so found only with "▁" in place of spaces and behind one: these are `whole`.
+    that, and so found only with "▁" in place of spaces and after one: these are `whole`.
     """
-    special, words, whole = {}, {}, {}
+    special = {}
+    words = {}
+    whole = {}
     for name, i in ids.items():
         flags = flags_of[name]
         if not isinstance(name, str) or not name or not 0 <= i < 2**31:
@@ -661,7 +663,7 @@ def _read_tokenizer_model(path, settings, added):
         return BytePairTokenizer(ranks, LLAMA3_PATTERN, special, "<|begin_of_text|>",
                                  "<|end_of_text|>")
 
-    # transformers' older behavior ("legacy") begins a text with a space behind control tokens too.
+    # transformers' older behavior ("legacy") begins a text with a space after control tokens too.
     prepend_scheme = "always" if settings.get("legacy") else "first"
     return SentencePieceTokenizer(path, added.special, added.words, prepend_scheme)
 
@@ -719,7 +721,7 @@ def _read_byte_level(path, spec, merges, added):
         raise ValueError(f"{path}: normalizer {normalizer!r} is not supported; expected none or "
                          "NFC")
 
-    # Added tokens that stand in the vocabulary too are names, all others are spelled bytes.
+    # The vocabulary may list added tokens by name; all others are spelled bytes.
     vocab = spec["model"]["vocab"]
     byte_of = _byte_alphabet()
     ranks = {}
@@ -847,7 +849,7 @@ def _other_reading(folder, settings, tokenizer):
         theirs = "always" if settings.get("legacy") else "first"
         if settings.get("add_prefix_space") is False:
             theirs = "never"
-        # Files of the model type mistral are read as they stand.
+        # Files of the model type mistral are not changed.
         differs = theirs != tokenizer.prepend_scheme and config.get("model_type") != "mistral"
     elif family == "GPT2Tokenizer" and isinstance(tokenizer, BytePairTokenizer):
         differs = tokenizer.pattern != GPT2_PATTERN
@@ -931,7 +933,7 @@ class ChatFormat:
         return self.tokenizer.encode_text(text, "inside")
 
     def opening(self):
-        """What stands before the text of a first user turn where there is no system turn."""
+        """How a dialogue without a system turn begins, up to the text of the user."""
         text = "the first question"
         prompt = self.encode_prompt([{"role": "user", "content": text}])
         return self.tokenizer.spell(prompt).partition(text)[0]
@@ -943,7 +945,7 @@ def refuse_half_pairs(text):
 
 
 class Llama3(ChatFormat):
-    """Llama-3: a header before and <|eot_id|> behind every turn.
+    """Llama-3: a header before and <|eot_id|> after every turn.
 
     This is Meta's layout, with no date and no default system text.
     """
@@ -960,7 +962,7 @@ class Llama3(ChatFormat):
     def header(self, role):
         start_id = self.tokenizer.special["<|start_header_id|>"]
         end_id = self.tokenizer.special["<|end_header_id|>"]
-        # The newlines are encoded apart from the text behind them, as Meta's encoder does.
+        # The newlines are encoded apart from the text after them, as Meta's encoder does.
         return [start_id, *self.encode(role), end_id, *self.encode("\n\n")]
 
     # <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>
@@ -1019,7 +1021,7 @@ class MistralV3(ChatFormat):
 class Llama2(ChatFormat):
     """Llama-2-chat: <s> and </s> around every exchange.
 
-    The system text stands between <<SYS>> marks in the first user turn.
+    The system text goes between <<SYS>> marks into the first user turn.
     """
 
     # <s> [INST] Hi [/INST] Hello! </s><s> [INST] Bye [/INST]
@@ -1104,7 +1106,7 @@ EXTRA_CHARACTERS = 10**6        # that a template may write beside what it is gi
 class ChatTemplate(ChatFormat):
     """A folder's own chat template, rendered as transformers renders it, with one exception.
 
-    transformers takes the name of a control token for the token wherever it stands, in content too.
+    transformers takes the name of a control token for that token everywhere, in content too.
     Here names in content are broken before the template sees them, so that all that are found in
     its output are its own. All else is rendered as it is, so whatever the template does with
     content (strips it, takes thinking out of earlier turns) happens.
@@ -1149,14 +1151,14 @@ class ChatTemplate(ChatFormat):
                                  f"{shapes[0][1:]} and {shape[1:]}")
         self.continues, self.open, close = shapes[0]        # see response_shape
 
-        # The response ends with the first token behind its text.
+        # The response ends with the first token after its text.
         end = self.tokenizer.find_name.search(close)
         if not end:
             raise ValueError(f"{self.source} closes a response with {close!r}, in which no token "
                              "of the tokenizer stands that generation could end at")
         self.space = close[:end.start()]            # between the text and the end token
         self.close = close[:end.end()]              # that and the end token
-        self.rest = close[end.end():]               # what the template writes behind it
+        self.rest = close[end.end():]               # what the template writes after it
 
         # Every token that the layout writes around turns is a control token from here on.
         self.reserve([end[0], *self.marks(layout)])
@@ -1171,7 +1173,7 @@ class ChatTemplate(ChatFormat):
         if self.tokenizer.eos_id is not None:
             self.stop_ids.add(self.tokenizer.eos_id)
 
-        # Where the response stands: behind an added token, or behind other text.
+        # The place of the response: a prompt ends with an added token, or with other text.
         self.asked_text = self.render(self.asked, True)
         ends_with_token = self.tokenizer.find_name.split(self.asked_text)[-1] == ""
         self.place = "after" if ends_with_token else "inside"
@@ -1220,9 +1222,9 @@ class ChatTemplate(ChatFormat):
     def response_shape(self, prompt, whole, answer, required):
         """(continues, opening, closing) of a response, from an answered dialogue.
 
-        continues: whether the answered dialogue (whole) begins with its prompt. opening stands
-        between prompt and answer, closing behind the answer. None if where the response starts
-        cannot be told; ValueError if that is required.
+        continues: whether the answered dialogue (whole) begins with its prompt. opening is the
+        text between prompt and answer, closing the text after the answer. None if it is unclear
+        where the response starts; ValueError if a shape is required.
         """
         at = whole.rindex(answer)
         closing = whole[at + len(answer):]
@@ -1322,7 +1324,7 @@ class ChatTemplate(ChatFormat):
     def reserve(self, names):
         """Makes names control tokens beside those that are, which break_control finds."""
         self.tokenizer.reserve(names)
-        # BREAK goes behind the first of several characters.
+        # BREAK goes after the first of several characters.
         for name in self.tokenizer.special:
             if len(name) < 2:
                 raise ValueError(f"control token {name!r} is a single character, which cannot be "
@@ -1330,7 +1332,7 @@ class ChatTemplate(ChatFormat):
         self.find_control = any_of(self.tokenizer.special)
 
     def break_control(self, content):
-        """Content with BREAK in those names of control tokens that stand in it."""
+        """Content with BREAK in those names of control tokens that occur in it."""
         refuse_half_pairs(content)
         content = content.replace(BREAK, 2 * BREAK)
         # Breaking one name may leave another: <|im_<|im_end|>end|>.
@@ -1397,7 +1399,7 @@ def jinja_environment(source):
 
 @contextmanager
 def time_limit(seconds):
-    """TimeoutError in a block that computes for longer. A machine that stands still is no reason.
+    """TimeoutError in a block that computes for longer. Waiting does not count.
 
     Only the main thread has a limit.
     """
@@ -1532,7 +1534,7 @@ def _detect(folder, special):
 
 
 def check_vocabulary(folder, chat, rows):
-    """ValueError if text or layout can produce an id that an embedding of so many rows lacks.
+    """ValueError if text or layout can produce an id that an embedding of `rows` rows lacks.
 
     Other ids, such as that of a pad token past the embedding, do no harm.
     """
