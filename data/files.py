@@ -310,7 +310,7 @@ def _outcomes_of_workers(use, items, workers):
     with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
         try:
             for number in itertools.count():
-                # Lines are read here, and tokenised by whoever is free.
+                # Lines are read in this process; a free worker gets a task of them.
                 lines = list(itertools.islice(items, LINES_PER_TASK))
                 if not lines:
                     break
