@@ -69,9 +69,9 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio)
 def average_logps(token_logps, lengths):
     """The mean log-prob per token of each response: what the reward is a function of.
 
-    token_logps: (R,) log-probs of the tokens of N responses laid end to end, without padding. The
+    token_logps: (N,) log-probs of the tokens of B responses laid end to end, without padding. The
     end-of-turn token of a response is one of its tokens.
-    lengths: N ints that add up to R. Returns (N,) in float64.
+    lengths: B ints that add up to N. Returns (B,) in float64.
 
     In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
     """
