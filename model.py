@@ -352,7 +352,7 @@ class TargetLogps(torch.autograd.Function):
         weight = ctx.saved_tensors[1]
         grad_weight = torch.zeros_like(weight)
         blocks = ctx.blocks
-        # What was kept is overwritten now; a second backward pass recomputes it.
+        # What was kept is used up now; a second backward pass recomputes it.
         ctx.blocks = [(None, largest) for _, largest in blocks]
         grad_states = target_logps_backward(grad, *ctx.saved_tensors, blocks, grad_weight)
         return grad_states, grad_weight, None
@@ -393,11 +393,13 @@ def target_logps(states, weight, targets, keep):
 def target_logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weight):
     """The gradient of states (N, dim) from that of the log-probs, `grad` (N,). Adds the gradient of
     the weight to grad_weight (V, dim), so that a caller who works a pair at a time needs one of
-    these alone. Overwrites the exponentials that were kept."""
+    these alone. What was kept in `blocks` is used up."""
     grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
     grad = grad[:, None]
     vocabulary = _vocabulary_blocks(states, weight, targets)
-    for (exps, largest), (block, weights, here, column) in zip(blocks, vocabulary):
+    for i, (block, weights, here, column) in enumerate(vocabulary):
+        exps, largest = blocks[i]
+        blocks[i] = None                            # freed at the end of this turn
         if exps is None:
             exps = _logits(states, weights).sub_(largest).exp_()
         # d logp / d logits = onehot(target) - softmax(logits)
@@ -406,7 +408,7 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, blocks, grad
         grad_logits = grad_logits.to(weight.dtype)
         grad_states += grad_logits @ weights
         grad_weight[block].addmm_(grad_logits.T, states)
-        del exps, grad_logits
+        del exps, grad_logits                       # before the next block is recomputed
     return grad_states.to(states.dtype)
 
 

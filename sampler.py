@@ -21,8 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from data.dialogues import as_messages
-
 
 # --- the KV cache ---------------------------------------------------------------------------------
 
@@ -322,7 +320,9 @@ def answer(model, chat, prompts, *, seed=0, **settings):
     encoded = []
     seeds = []
     for i, prompt in enumerate(prompts):
-        encoded.append(chat.encode_prompt(as_messages(prompt)))
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        encoded.append(chat.encode_prompt(prompt))
         seeds.append((seed, i))
     answers = generate(model, encoded, seeds=seeds, stop_ids=chat.stop_ids, **settings)
     texts = []

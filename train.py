@@ -173,8 +173,12 @@ def run_row(model, row, config, grad_scale=None):
     exist at once; then the blocks run backward once, for the whole row.
     """
     training = grad_scale is not None
+    # 1. The blocks, for the whole row: states that predict the N response tokens, and those tokens.
     tokens = row.tokens.to(model.device)                                        # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
+
+    # 2. Head and loss, a pair at a time. The head's gradients are collected by hand: autograd would
+    #    make a second one of the weight, which is the largest of the model, for every pair.
     weight = model.head_weight                                                  # (V, dim)
     grad_states = torch.empty_like(states)
     if training and weight.grad is None:
@@ -187,14 +191,16 @@ def run_row(model, row, config, grad_scale=None):
         head = states[start:end], weight, targets[start:end]
         logps, logsumexp, blocks = target_logps(*head, keep=training)           # (C + R,)
         logps.requires_grad_(training)
-        chosen, rejected = average_logps(logps, (C, R)).split(1)
+        chosen, rejected = average_logps(logps, (C, R)).split(1)                # (1,) each
         losses, chosen_rewards, rejected_rewards = pair_loss(config, pair, chosen, rejected)
         columns = losses, chosen_rewards, rejected_rewards, chosen, rejected
         results.append(torch.cat(columns).detach())
         if training:
-            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), logps)
+            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), logps)     # (C + R,)
             grad_states[start:end] = target_logps_backward(
                 grad, *head, logsumexp, blocks, weight.grad)
+
+    # 3. Backward through the blocks, once.
     if training:
         states.backward(grad_states)
     return torch.stack(results)
@@ -239,9 +245,11 @@ def train_step(model, optimizer, pairs, rate, config):
     # 1. Packed rows, the same number for each rank.
     world = dist.get_world_size()
     rows = pack(pairs, config.tokens_per_micro_batch, world)
+
     # 2. The gradient of the mean loss. FSDP averages over ranks: times `world` that is a sum.
     results = run_rows(model, rows, config, grad_scale=world / len(pairs))
     grad_norm = clip_gradients(model, config.max_grad_norm)
+
     # 3. The step, unless something is not finite.
     for group in optimizer.param_groups:
         group["lr"] = rate
