@@ -1,29 +1,28 @@
-# make train    sets up .venv and aligns the embedded tiny model (ARGS="--seed 1" and the like are passed on)
-# make test     sets up .venv and runs every test
-# make bench    sets up .venv-bench, times steps and the vocabulary head against TRL and Liger, and rewrites the README's table:
-#               half an hour on 2 cores and 24 GB
 PYTHON ?= python3
 
-.PHONY: train test bench
-train: .venv/installed
+.PHONY: help train check test bench
+
+help:           ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: .venv/installed          ## align the embedded tiny model; ARGS="--seed 1" and the like are passed on
 	.venv/bin/torchrun train.py $(ARGS)
 
-test: .venv/installed-tests
+check: .venv/installed-tests    ## the linter: the rules of ruff.toml
+	.venv/bin/ruff check
+
+test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
 	.venv/bin/python -m pytest $(ARGS)
 
-bench: .venv-bench/installed
-	.venv-bench/bin/python benchmarks/step.py
-	.venv-bench/bin/python benchmarks/step.py --vocab 128256 --trl_batches 1 2 --output benchmarks/step-128k.json
-	.venv-bench/bin/python benchmarks/head.py
-	.venv-bench/bin/python benchmarks/scaling.py
-	.venv-bench/bin/python benchmarks/table.py --write
+bench: .venv-bench/installed    ## measure against TRL and Liger, write the table: 30 minutes on 2 cores, 24 GB
+	.venv-bench/bin/python -m benchmarks.step
+	.venv-bench/bin/python -m benchmarks.step --vocab 128256 --trl_batches 1 2 \
+		--output benchmarks/step-128k.json
+	.venv-bench/bin/python -m benchmarks.head
+	.venv-bench/bin/python -m benchmarks.scaling
+	.venv-bench/bin/python -m benchmarks.table --write
 
-.venv-bench/installed: requirements.txt benchmarks/requirements.txt
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install -q -r benchmarks/requirements.txt
-	.venv-bench/bin/pip install -q --no-deps liger-kernel==0.8.5
-	touch $@
-
+# Each command sets up what it needs, and again where the requirements have changed.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
@@ -32,4 +31,10 @@ bench: .venv-bench/installed
 .venv/installed-tests: .venv/installed tests/requirements.txt tests/requirements-no-deps.txt
 	.venv/bin/pip install -q -r tests/requirements.txt
 	.venv/bin/pip install -q --no-deps -r tests/requirements-no-deps.txt
+	touch $@
+
+.venv-bench/installed: requirements.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q -r benchmarks/requirements.txt
+	.venv-bench/bin/pip install -q --no-deps liger-kernel==0.8.5
 	touch $@

@@ -4,103 +4,147 @@
         chosen_logps, rejected_logps, alpha=0.25, beta=2.5, gamma_beta_ratio=0.1)
     losses.mean().backward()
 
-The method of "AlphaPO: Reward Shape Matters for LLM Alignment" (Gupta et al., ICML 2025, arXiv 2501.03884)
-as pure functions of tensors, with the two baselines of the paper (SimPO, DPO) and what to log. Needs torch alone.
+The method of "AlphaPO: Reward Shape Matters for LLM Alignment" (Gupta et al., ICML 2025,
+arXiv 2501.03884) as pure functions of tensors: first the reward and the loss, then the paper's two
+baselines (SimPO and DPO) and the metrics to log. Needs torch alone.
 
-Names: `*_logps` are AVERAGE log-probs per token of a response, shape (B,), one number a pair, unless a docstring
-says they are sums. All of it is computed in float64 whatever comes in: it is a handful of numbers a pair, and
-exp(-alpha * logps) leaves float32 behind at |alpha * logps| = 88 (float64: 709).
+A pair is one prompt with a chosen and a rejected response. `*_logps` are AVERAGE log-probs per
+token of a response under the model in training, of shape (B,): one number a pair. Only DPO takes
+sums. Rewards and losses are computed in float64, whatever comes in. That is cheap for a handful of
+numbers a pair, and exp(-alpha * logps) overflows float32 at |alpha * logps| = 88 (float64: at 709).
 """
 import torch
 import torch.nn.functional as F
 
 
-def average_logps(token_logps, lengths):
-    """Mean log-prob per token of each response.
-
-    token_logps: (R,) log-probs of the tokens of N responses laid end to end, each with its one end token.
-    lengths: N ints that add up to R. Returns (N,) in float64.
-    (In a padded batch the same number is `(token_logps * mask).sum(-1) / mask.sum(-1)`.)
-    """
-    return torch.stack([response.mean(dtype=torch.float64) for response in token_logps.split(list(lengths))])
-
+# --- the method -----------------------------------------------------------------------------------
 
 def alphapo_reward(logps, *, alpha, beta):
-    """The shaped reward, beta * (1 - exp(-alpha * logps)) / alpha; its limit beta * logps at alpha = 0.  (B,) -> (B,)
+    """The shaped reward of each response.  (B,) -> (B,) in float64
 
-    expm1 keeps every digit as alpha -> 0, where 1 - p**-alpha in float32 has lost 5 % at alpha = 1e-6. For x < -1 it is
-    exp that keeps them: autograd takes the derivative of expm1(x) as expm1(x) + 1, which cancels there.
+        r(logps) = beta * (1 - exp(-alpha * logps)) / alpha
+        r(logps) = beta * logps                                 at alpha = 0, its limit: SimPO
     """
     logps = logps.double()
     if alpha == 0:
         return beta * logps
+
+    # 1 - exp(x) loses its digits as x -> 0 (in float32 it is 5 % off at alpha = 1e-6); expm1 keeps
+    # them. For x < -1 it is the other way round: autograd computes the derivative of expm1(x) as
+    # expm1(x) + 1, which cancels there, while that of exp(x) is exp(x) itself.
     x = -alpha * logps
-    return -beta * torch.where(x < -1, x.exp() - 1, x.expm1()) / alpha
+    exp_minus_1 = torch.where(x < -1, x.exp() - 1, x.expm1())
+    return -beta * exp_minus_1 / alpha
 
 
 def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio):
-    """-log sigmoid(r(chosen) - r(rejected) - gamma), with r = alphapo_reward and gamma = gamma_beta_ratio * beta.
+    """The loss of each pair: -log sigmoid(r(chosen_logps) - r(rejected_logps) - gamma).
 
-    chosen_logps, rejected_logps: (B,) average log-probs per token. alpha shapes the reward (0 is SimPO), beta scales
-    it, gamma_beta_ratio sets the target reward margin. Returns (losses, chosen_rewards, rejected_rewards), each (B,)
-    in float64, the rewards detached. The gradient that results, with m = r(chosen) - r(rejected) - gamma:
+    chosen_logps, rejected_logps: (B,) average log-probs per token.
+    alpha: the shape of the reward r (see alphapo_reward); 0 is SimPO.
+    beta: the scale of the reward.
+    gamma_beta_ratio: the target reward margin is gamma = gamma_beta_ratio * beta.
+    Returns (losses, chosen_rewards, rejected_rewards), each (B,) in float64, the rewards detached.
+    ValueError if the shapes differ.
+
+    What alpha changes is how hard a response is pushed. With m = r(chosen) - r(rejected) - gamma,
+
         d loss / d chosen_logps   = -sigmoid(-m) * beta * exp(-alpha * chosen_logps)
         d loss / d rejected_logps = +sigmoid(-m) * beta * exp(-alpha * rejected_logps)
+
+    so alpha > 0 pushes unlikely responses harder than likely ones, and alpha < 0 less hard.
     """
-    _check_pairs(chosen_logps, rejected_logps)
+    _check_same_shape(chosen_logps, rejected_logps)
     chosen_rewards = alphapo_reward(chosen_logps, alpha=alpha, beta=beta)
     rejected_rewards = alphapo_reward(rejected_logps, alpha=alpha, beta=beta)
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - gamma_beta_ratio * beta)
+
+    # The loss grows with what a pair lacks of the target margin, and goes to 0 beyond the target.
+    gamma = gamma_beta_ratio * beta
+    margins = chosen_rewards - rejected_rewards - gamma     # (B,)
+    losses = -F.logsigmoid(margins)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def average_logps(token_logps, lengths):
+    """The mean log-prob per token of each response: what the reward is a function of.
+
+    token_logps: (R,) log-probs of the tokens of N responses laid end to end, without padding. The
+    end-of-turn token of a response is one of its tokens.
+    lengths: N ints that add up to R. Returns (N,) in float64.
+
+    In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
+    """
+    responses = token_logps.split(list(lengths))
+    averages = [response.mean(dtype=torch.float64) for response in responses]
+    return torch.stack(averages)
+
+
+def _check_same_shape(*logps):
+    # (B,) against (B, 1) would broadcast to (B, B), and train on pairs that do not exist.
+    shapes = [tuple(x.shape) for x in logps]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"log-probs of different shapes, {shapes}: expected one (B,) for all")
+
+
+# --- the paper's baselines ------------------------------------------------------------------------
+
 def simpo_loss(chosen_logps, rejected_logps, *, beta, gamma_beta_ratio):
-    """SimPO (Meng et al. 2024, arXiv 2405.14734): AlphaPO at alpha = 0. Same shapes and return as alphapo_loss."""
-    return alphapo_loss(chosen_logps, rejected_logps, alpha=0.0, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
+    """SimPO (Meng et al. 2024, arXiv 2405.14734): AlphaPO at alpha = 0.
+
+    Arguments, shapes and return are those of alphapo_loss.
+    """
+    return alphapo_loss(
+        chosen_logps, rejected_logps, alpha=0.0, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
 
 
 def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps, *, beta):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigmoid(r(chosen) - r(rejected)), r = beta * (logp - ref).
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigmoid(r(chosen) - r(rejected)), where
+    r = beta * (logps - ref_logps) is DPO's implicit reward.
 
-    Unlike the rest of this file it takes SUMMED log-probs of whole responses, (B,) each; `*_ref_logps` are those of
-    the frozen starting model. Returns (losses, chosen_rewards, rejected_rewards) as alphapo_loss does.
+    Unlike the rest of this file it takes SUMMED log-probs of whole responses, (B,) each.
+    `*_ref_logps` are those under the frozen reference model, the model that training started from.
+    Returns (losses, chosen_rewards, rejected_rewards) as alphapo_loss does.
     """
-    _check_pairs(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps)
+    _check_same_shape(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps)
     chosen_rewards = beta * (chosen_logps.double() - chosen_ref_logps.double())
     rejected_rewards = beta * (rejected_logps.double() - rejected_ref_logps.double())
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """What to log of B pairs, as a dict of 0-d tensors (means over the pairs) under TRL's names.
+# --- metrics --------------------------------------------------------------------------------------
 
-    Two margins on purpose: under AlphaPO the reward margin can grow while the log-prob margin shrinks.
-    """
+def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    """What to log of B pairs, from (B,) each: a dict of 0-d tensors, means over the pairs, under
+    TRL's names."""
+    # Two margins on purpose: under AlphaPO the reward margin can grow while that of the log-probs
+    # shrinks.
+    reward_margins = chosen_rewards - rejected_rewards
+    logp_margins = chosen_logps - rejected_logps
+    is_accurate = chosen_rewards > rejected_rewards         # a tie is not
     return {
         "rewards/chosen": chosen_rewards.mean(),
         "rewards/rejected": rejected_rewards.mean(),
-        "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).double().mean(),
+        "rewards/margins": reward_margins.mean(),
+        "rewards/accuracies": is_accurate.double().mean(),
         "logps/chosen": chosen_logps.mean(),
         "logps/rejected": rejected_logps.mean(),
-        "logps/margins": (chosen_logps - rejected_logps).mean(),
+        "logps/margins": logp_margins.mean(),
     }
 
 
 def displacement_metrics(chosen_logps, rejected_logps, chosen_start, rejected_start):
-    """Likelihood displacement: how average log-probs (B,) moved since the start of training, on the same pairs.
+    """Likelihood displacement: how far average log-probs have moved since training started.
 
-    `displacement/fell` is the share of pairs whose chosen response became less likely (paper, section 3).
+    All four are (B,), of the same pairs; `*_start` are the average log-probs at step 0.
+    `displacement/fell` is the share of pairs whose chosen response became less likely, although
+    its reward margin may have grown (paper, section 3). Returns a dict of 0-d tensors.
     """
+    chosen_change = chosen_logps - chosen_start
+    rejected_change = rejected_logps - rejected_start
+    chosen_fell = chosen_logps < chosen_start
     return {
-        "displacement/chosen": (chosen_logps - chosen_start).mean(),
-        "displacement/rejected": (rejected_logps - rejected_start).mean(),
-        "displacement/fell": (chosen_logps < chosen_start).double().mean(),
+        "displacement/chosen": chosen_change.mean(),
+        "displacement/rejected": rejected_change.mean(),
+        "displacement/fell": chosen_fell.double().mean(),
     }
-
-
-def _check_pairs(*logps):
-    # (B,) against (B, 1) would broadcast to (B, B) and train on pairs that do not exist.
-    if len({tuple(x.shape) for x in logps}) != 1:
-        raise ValueError(f"log-probs of different shapes, {[tuple(x.shape) for x in logps]}: expected one (B,) for all")

@@ -26,17 +26,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import cpu
 from data.dialogues import checked_text
 from data.files import write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
-from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say
+from distributed import from_rank_0, join_ranks, leave_ranks, run_rank, say
 from model import checkpoint_tensors, load_model, read_config
 from sampler import answer, check_settings, fits, generate
 from tokenizer import CHAT_FORMATS, load_chat
 
 SETTINGS = ("samples", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k")
 PROGRESS_SECONDS = 10       # between two lines of progress
+TIMEOUT_MINUTES = 7 * 24 * 60       # a week: ranks that are done wait for the last one
 
 
 # --- the plan of a job ----------------------------------------------------------------------------
@@ -295,8 +297,6 @@ def parse_args(argv):
     # How answers are written.
     flag("--name", help="of the model in AlpacaEval's and Arena-Hard's files; its folder's if not "
          "given")
-    # A week: ranks that are done wait for the last one.
-    parser.set_defaults(timeout_minutes=7 * 24 * 60)
     args = parser.parse_args(argv)
     one_prompt = bool(args.prompt)
     if one_prompt == bool(args.prompts) or bool(args.prompts) != bool(args.output):
@@ -319,6 +319,8 @@ def run(args, device):
     chat = load_chat(args.model, args.chat_format, date)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(args.model, dtype, device)
+    if device.type == "cpu":
+        cpu.speed_up(model)
 
     # 3. Answers, to a file or to the terminal.
     if args.prompts:
@@ -332,22 +334,12 @@ def run(args, device):
 
 def main(argv):
     args = parse_args(argv)
-    device = join_ranks(args)
+    device = join_ranks(TIMEOUT_MINUTES)
     try:
         run(args, device)
     finally:
-        # After an error the other ranks may be gone, and this would wait for them.
-        if dist.get_world_size() == 1 or sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        leave_ranks()
 
 
 if __name__ == "__main__":
-    store, rank, world = ranks_store()
-    status = 0
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        status = 1
-        if first_to_fail(store):
-            print(f"error: {e}", file=sys.stderr, flush=True)
-    end_rank(status, world)
+    run_rank(lambda: main(sys.argv[1:]))

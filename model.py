@@ -1,17 +1,22 @@
-"""The Llama / Mistral transformer, read from and written to Hugging Face folders, scoring pairs in packed rows.
+"""The Llama / Mistral transformer, scoring preference pairs in packed rows.
 
-    model = load_model("Llama-3-8B-Instruct")             # fp32 weights, strict
-    logits = model(token_ids)                             # (T,) -> (T, vocab)
-    logps = model.response_logps(tokens, [(P, C, R)])     # a packed row of pairs -> log-probs of the response tokens
+    model = load_model("Llama-3-8B-Instruct")               # fp32 weights, strict
+    logits = model(token_ids)                               # (T,) -> (T, V)
+    logps = model.response_logps(tokens, [(P, C, R)])       # of the response tokens of a row
     save_model(model, "aligned", like="Llama-3-8B-Instruct")
 
-Parameter names are Hugging Face's and RoPE splits each head in halves as theirs does, so the state dict IS the
-safetensors file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (q/k/v bias)
-and Qwen3 (norms on q and k); any other model or feature in config.json is an error. Needs torch and safetensors.
+Four parts, in this order: the transformer; attention in a row of pairs; the vocabulary head, which
+never holds all logits; Hugging Face folders, read and written. Parameter names are Hugging Face's
+and rotary embedding splits each head in halves as theirs does, so the state dict IS the safetensors
+file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (bias on
+q, k and v) and Qwen3 (norms on q and k); any other model or feature in config.json is an error.
+Needs torch and safetensors.
 
-Axes: T tokens of a row, R response tokens of them, H heads, K key/value heads, D head_dim, dim width, V vocabulary.
-A row is a plain (T,) sequence of tokens, several texts end to end. All layers but attention see tokens one by one, so
-who sees whom is decided by one function, `attend(layer, q, k, v)`, and where a token stands by `positions`.
+Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
+A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
+A row is one plain (T,) sequence of tokens, several texts end to end, without padding. Every layer
+but attention looks at one token at a time, so who sees whom is decided by a single function,
+`attend(layer, q, k, v)`, and where a token stands in its text by `positions`.
 """
 import json
 import math
@@ -33,17 +38,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-# The vocabulary head computes so many logits at once, as fp32: on CPUs 8 MiB, which their caches hold. It keeps so many of a
-# pair for the backward pass, and computes the others again: on GPUs 1 GiB, 2,092 tokens at Llama-3's vocabulary.
-BLOCK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
-KEPT_LOGITS = {"cpu": 2**25, "gpu": 2**28}
 
-# PyTorch multiplies fp32 matrices on CPUs by MKL, at half the speed of oneDNN on AMD's with AVX-512. Its way to oneDNN is an
-# operator of its compiler's.
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-# --- config -----------------------------------------------------------------------------------------------------------
+# --- the transformer ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,13 +52,386 @@ class ModelConfig:
     hidden_dim: int                     # width of the MLP
     norm_eps: float
     rope_theta: float
-    max_positions: int                  # the longest sequence the model was made for
-    rope_scaling: dict | None = None    # Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_...
-    window: int | None = None           # a token sees itself and the window - 1 tokens before it; None: all
-    tied: bool = False                  # the embedding is also the output projection; there is no lm_head
+    max_positions: int                  # the longest sequence that the model was made for
+    rope_scaling: dict | None = None    # Llama-3.1's, see rope_tables
+    window: int | None = None           # a token sees itself and window - 1 before it; None: all
+    tied: bool = False                  # the embedding is also the output projection: no lm_head
     qkv_bias: bool = False              # Qwen2
     qk_norm: bool = False               # Qwen3
 
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = False          # activation checkpointing of every block
+        self.compute_device = None      # where it computes, if its weights rest elsewhere (offload)
+        self.causal_attention = partial(causal_attention, window=config.window)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+            "norm": nn.RMSNorm(config.dim, config.norm_eps),
+        })
+        if not config.tied:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        """The output projection, (V, dim)."""
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.compute_device or self.head_weight.device
+
+    def forward(self, tokens):
+        """Logits of one plain sequence, all V of them for every token. (T,) -> (T, V)
+
+        For checks and for copying; training never makes all logits.
+        """
+        def attend(layer, q, k, v):
+            return self.causal_attention(q, k, v)
+
+        positions = torch.arange(len(tokens), device=tokens.device)
+        return self.states(tokens, positions, attend) @ self.head_weight.T
+
+    def response_logps(self, tokens, lengths):
+        """Log-probs of the response tokens of a row of pairs, laid out as pair_layout does.
+
+        tokens (T,) holds [prompt | chosen | rejected] pair after pair, `lengths` their lengths
+        (P, C, R), each at least 1. Returns (N,): chosen, rejected, chosen, rejected, ...
+        """
+        return self.token_logps(*self.response_states(tokens, lengths))
+
+    def response_states(self, tokens, lengths):
+        """The states that predict the response tokens of a row of pairs, and those tokens.
+
+        (T,) -> (N, dim) and (N,)
+        """
+        def attend(layer, q, k, v):
+            return pair_attention(q, k, v, lengths, self.causal_attention)
+
+        positions, predictors, targets = pair_layout(lengths, tokens.device)
+        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+
+    def token_logps(self, states, targets):
+        """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)"""
+        return TargetLogps.apply(states, self.head_weight, targets)
+
+    def states(self, tokens, positions, attend):
+        """Final normed hidden states of a row. tokens and positions (T,) int64 -> (T, dim)
+
+        attend(layer, q, k, v) -> (T, H, D) decides who sees whom; layer counts from 0.
+        """
+        x = self.model.embed_tokens(tokens)                                     # (T, dim)
+        cos, sin = rope_tables(positions, self.config)                          # (T, 1, D/2)
+        cos = cos.to(x.dtype)
+        sin = sin.to(x.dtype)
+        recompute = self.recompute and torch.is_grad_enabled()
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, partial(attend, i), recompute)
+        return self.model.norm(x)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, attend, recompute=False):
+        # Activation checkpointing is in here, and not around the block, so that FSDP2 wraps it and
+        # gathers the weights once for the second forward pass and the backward pass.
+        if recompute:
+            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
+        return self.compute(x, cos, sin, attend)
+
+    def compute(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend):
+        T = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))              # (T, H, D)
+        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))              # (T, K, D)
+        v = self.v_proj(x).view(T, -1, self.head_dim)                           # (T, K, D)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)               # (T, H, D)
+        return self.o_proj(out.reshape(T, -1))                                  # (T, dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(c.hidden_dim, c.dim, bias=False)
+
+    def forward(self, x):
+        gate = self.gate_proj(x)                                                # (T, hidden_dim)
+        up = self.up_proj(x)                                                    # (T, hidden_dim)
+        return SwiGLU.apply(gate, up, self.down_proj.weight)                    # (T, dim)
+
+
+class SwiGLU(torch.autograd.Function):
+    """(silu(gate) * up) @ down.T, keeping gate and up alone for the backward pass.
+
+    Autograd would also keep silu(gate) and the product. At hidden_dim these are the largest tensors
+    of a block, and both are quick to recompute. gate, up (T, hidden_dim) -> (T, dim)
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up, down):
+        ctx.save_for_backward(gate, up, down)
+        return F.silu(gate).mul_(up) @ down.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, down = ctx.saved_tensors
+        silu = F.silu(gate)                                                     # (T, hidden_dim)
+        grad_down = grad.T @ (silu * up)                                        # (dim, hidden_dim)
+        grad = grad @ down                                                      # (T, hidden_dim)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, silu.mul_(grad), grad_down
+
+
+# --- attention in a row of pairs ------------------------------------------------------------------
+
+def rope_tables(positions, config):
+    """cos and sin of the rotary embedding's angles, (T, 1, D/2) each, in fp32.
+
+    They are computed for every row and never stored: nothing to load or to shard.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    freq = 1.0 / config.rope_theta**exponent                                    # (D/2,)
+    if s := config.rope_scaling:
+        # Llama-3.1 stretches the wavelengths that are longer than its original context by `factor`
+        # and keeps the short ones, with a ramp between the two.
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in that context
+        ramp = s["high_freq_factor"] - s["low_freq_factor"]
+        keep = ((turns - s["low_freq_factor"]) / ramp).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / s["factor"])
+    angles = positions[:, None, None] * freq                                    # (T, 1, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates the two halves of each head against each other. (T, H, D) -> (T, H, D)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def pair_layout(lengths, device=None):
+    """Where things stand in a row of pairs, given their (P, C, R) lengths.
+
+    Returns three int64 tensors.
+    positions (T,): of each token in its text; they start again for the rejected response where the
+    prompt ended.
+    predictors (N,): the place in the row of the token that predicts each response token. The last
+    prompt token predicts the first token of both responses.
+    targets (N,): the place in the row of each response token.
+    """
+    positions = []
+    predictors = []
+    targets = []
+    start = 0
+    for P, C, R in lengths:
+        chosen = start + P                  # where the chosen response starts in the row
+        rejected = chosen + C
+        end = rejected + R
+        positions += [*range(P + C), *range(P, P + R)]
+        predictors += [*range(chosen - 1, rejected - 1)]
+        predictors += [chosen - 1, *range(rejected, end - 1)]
+        targets += range(chosen, end)
+        start = end
+    return tuple(torch.tensor(places, device=device) for places in (positions, predictors, targets))
+
+
+def pair_attention(q, k, v, lengths, attention):
+    """Who sees whom in a row of pairs: each response sees its prompt and itself.
+
+    Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
+    the keys of prompt and rejected. That repeats nothing but the prompt's keys and values. It needs
+    no mask over the row, and on CPUs it was as fast as any other formulation tried, or faster.
+
+    q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
+    attention(q, k, v) is causal_attention with the model's window.
+    """
+    sizes = []
+    for P, C, R in lengths:
+        sizes += [P + C, R]
+    # Split once: the gradient of a split is one concatenation, that of a slice a row of zeros.
+    q = q.split(sizes)
+    k = k.split(sizes)
+    v = v.split(sizes)
+    out = []
+    for i, (P, _, _) in enumerate(lengths):
+        first = 2 * i                       # prompt and chosen
+        second = 2 * i + 1                  # rejected
+        out.append(attention(q[first], k[first], v[first]))
+        keys = torch.cat((k[first][:P], k[second]))                             # (P + R, K, D)
+        values = torch.cat((v[first][:P], v[second]))
+        out.append(attention(q[second], keys, values))
+    return torch.cat(out)                                                       # (T, H, D)
+
+
+def causal_attention(q, k, v, window=None):
+    """Causal attention of the last Tq tokens of a sequence of Tk, within a window of tokens.
+
+    q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                      # (1, H or K, T, D)
+    if window is None or window >= k.shape[2]:
+        out = _full_attention(q, k, v)
+    else:
+        out = _window_attention(q, k, v, window)
+    return out[0].transpose(0, 1)
+
+
+def _full_attention(q, k, v):
+    """Flash kernels: no mask in memory."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    mask = causal_lower_right(Tq, Tk) if Tq < Tk else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _window_attention(q, k, v, window):
+    """A sliding window, as a mask of (Tq, Tk). Keys are repeated: a mask and enable_gqa together
+    would leave CUDA's fused kernels."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, 1)                                          # (1, H, Tk, D)
+    v = v.repeat_interleave(groups, 1)
+    queries = torch.arange(Tk - Tq, Tk, device=q.device)
+    distance = queries[:, None] - torch.arange(Tk, device=q.device)             # (Tq, Tk)
+    seen = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+# --- the vocabulary head --------------------------------------------------------------------------
+
+# At most so many logits exist at a time, in fp32: on CPUs 8 MiB, which their caches hold, on GPUs
+# 256 MiB. Up to so many of a pair are kept for the backward pass and the rest are recomputed: on
+# GPUs 1 GiB, which is 2,092 tokens at Llama-3's vocabulary.
+BLOCK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
+KEPT_LOGITS = {"cpu": 2**25, "gpu": 2**28}
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(states @ weight.T)[target] by target_logps, with its gradient.
+
+    states (N, dim), weight (V, dim), targets (N,) -> (N,)
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets):
+        keep = any(ctx.needs_input_grad)
+        logps, logsumexp, ctx.blocks = target_logps(states, weight, targets, keep)
+        ctx.save_for_backward(states, weight, targets, logsumexp)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight = ctx.saved_tensors[1]
+        grad_weight = torch.zeros_like(weight)
+        blocks = ctx.blocks
+        # What was kept is overwritten now; a second backward pass recomputes it.
+        ctx.blocks = [(None, largest) for _, largest in blocks]
+        grad_states = target_logps_backward(grad, *ctx.saved_tensors, blocks, grad_weight)
+        return grad_states, grad_weight, None
+
+
+@torch.no_grad()
+def target_logps(states, weight, targets, keep):
+    """Log-probs of targets by online softmax: the vocabulary is read a block after another, with
+    the largest logit so far and the sum of exponentials so far. states (N, dim), weight (V, dim).
+
+    A log-prob is z[target] - logsumexp(z), in fp32 at least. At a vocabulary of 128k and the logits
+    of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
+
+    Returns what target_logps_backward takes: log-probs (N,); logsumexp of the logits (N, 1); and of
+    each block exp(z - largest), (N, v), and the `largest` that was subtracted, (N, 1). With `keep`
+    the exponentials are kept up to KEPT_LOGITS in all; the others are None.
+    """
+    blocks = []
+    room = _limit(KEPT_LOGITS, states) if keep else 0
+    largest = -torch.inf
+    total = 0
+    target_z = 0
+    for _, weights, here, column in _vocabulary_blocks(states, weight, targets):
+        z = _logits(states, weights)                                            # (N, v)
+        target_z = target_z + torch.where(here[:, None], z.gather(1, column), 0)
+        before = largest
+        largest = z.amax(-1, keepdim=True).clamp_(min=before)                   # (N, 1)
+        z.sub_(largest).exp_()
+        total = total * (before - largest).exp() + z.sum(-1, keepdim=True)
+        room -= z.numel()
+        blocks.append((z if room >= 0 else None, largest))
+        del z                                       # free a block before the next one is made
+    logps = (target_z - largest - total.log())[:, 0]
+    return logps, largest + total.log(), blocks
+
+
+@torch.no_grad()
+def target_logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weight):
+    """The gradient of states (N, dim) from that of the log-probs, `grad` (N,). Adds the gradient of
+    the weight to grad_weight (V, dim), so that a caller who works a pair at a time needs one of
+    these alone. Overwrites the exponentials that were kept."""
+    grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
+    grad = grad[:, None]
+    vocabulary = _vocabulary_blocks(states, weight, targets)
+    for (exps, largest), (block, weights, here, column) in zip(blocks, vocabulary):
+        if exps is None:
+            exps = _logits(states, weights).sub_(largest).exp_()
+        # d logp / d logits = onehot(target) - softmax(logits)
+        grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())            # (N, v)
+        grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))
+        grad_logits = grad_logits.to(weight.dtype)
+        grad_states += grad_logits @ weights
+        grad_weight[block].addmm_(grad_logits.T, states)
+        del exps, grad_logits
+    return grad_states.to(states.dtype)
+
+
+def _vocabulary_blocks(states, weight, targets):
+    """The vocabulary in blocks of v tokens, so that N * v is at most BLOCK_LOGITS.
+
+    Yields the slice of a block; its weights (v, dim); which targets are in it (N,); and their
+    columns there (N, 1), 0 for the targets that are not.
+    """
+    size = max(1, _limit(BLOCK_LOGITS, states) // len(states))
+    for start in range(0, len(weight), size):
+        block = slice(start, min(start + size, len(weight)))
+        here = (targets >= start) & (targets < block.stop)
+        column = torch.where(here, targets - start, 0)[:, None]
+        yield block, weight[block], here, column
+
+
+def _logits(states, weight):
+    return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _limit(logits, states):
+    return logits["cpu" if states.device.type == "cpu" else "gpu"]
+
+
+# --- Hugging Face folders: config.json ------------------------------------------------------------
 
 # Fields of config.json that say nothing about the computation: names and versions, special tokens,
 # labels, what an older transformers wrote for sampling, what trainers and the hub left. Every other
@@ -79,502 +448,148 @@ IGNORED_FIELDS = set("""
     length_penalty
 """.split())
 
+# The fields of each kind of rotary embedding.
+ROPE_FIELDS = {
+    "default": set(),
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
-def read_config(folder, others=()):
-    """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5. ValueError names the field.
-    others: fields that the caller answers for."""
-    path = model_folder(folder) / "config.json"
-    if not path.exists():
-        advice = [text for name, text in OTHER_FOLDERS.items() if (path.parent / name).exists()]
-        raise ValueError(". ".join([f"{path}: not found; expected {MODEL_FILES}", *advice]))
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {raw!r:.60}")
-    unread = dict(raw)
 
-    def refuse(field, value, expected):
-        raise ValueError(f"{path}: {field} = {value!r:.200} is not supported; expected {expected}. "
-                         "model.py computes Llama, Mistral, Qwen2 and Qwen3 exactly or not at all")
+def read_config(folder, handled=()):
+    """ModelConfig from `folder`/config.json, in the spelling of transformers 4 or 5.
 
-    def take(field, default=None):
-        value = unread.pop(field, None)
-        return default if value is None else value
-
-    def need(field, default=None):
-        value = take(field, default)
-        if value is None:
-            raise ValueError(f"{path}: field {field} is missing")
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{path}: {field} = {value!r}; expected a positive number")
-        return value
-
-    family = raw.get("model_type")
+    handled: names of fields that the caller reads itself. ValueError names the field that is
+    missing, wrong or not supported: a model is computed exactly or not at all.
+    """
+    fields = _ConfigFields(_config_file(folder))
+    family = fields.raw.get("model_type")
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        refuse("model_type", family, "llama, mistral, qwen2 or qwen3")
-    dim, n_heads = need("hidden_size"), need("num_attention_heads")
+        fields.refuse("model_type", family, "llama, mistral, qwen2 or qwen3")
+    dim = fields.number("hidden_size")
+    n_heads = fields.number("num_attention_heads")
+    rope_theta, rope_scaling = _read_rope(fields)
+    window = _read_window(fields, family)
+    for name, only in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
+        value = fields.take(name, only)
+        if value != only:
+            fields.refuse(name, value, repr(only))
 
-    # transformers 4: rope_theta and rope_scaling (whose type was once called "type"); transformers 5: rope_parameters.
-    rope = {"rope_theta": take("rope_theta", 10000.0), **take("rope_scaling", {}), **take("rope_parameters", {})}
-    rope_theta = float(rope.pop("rope_theta"))
-    rope_type = [rope.pop(name, None) for name in ("type", "rope_type")]
-    rope_type = rope_type[1] or rope_type[0] or "default"
-    if rope_type not in ("default", "llama3"):
-        refuse("rope type", rope_type, "default or llama3")
-    expected = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-                "default": set()}[rope_type]
-    if set(rope) != expected:
-        refuse(f"{rope_type} rope with fields", sorted(rope), f"{sorted(expected)}")
-
-    window = None
-    if family == "mistral" and unread.get("sliding_window", 4096) is not None:
-        window = need("sliding_window", 4096)      # transformers' value where the field is absent; null is no window
-    elif family.startswith("qwen"):
-        if take("use_sliding_window", False):
-            refuse("use_sliding_window", True, "false")
-        take("sliding_window")                     # of no effect then
-    layer_types = set(take("layer_types", [])) or {"sliding_attention" if window else "full_attention"}
-    if layer_types != {"sliding_attention" if window else "full_attention"}:
-        refuse("layer_types", sorted(layer_types), "the same attention in every layer")
-
-    for field, only in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
-        if (value := take(field, only)) != only:
-            refuse(field, value, repr(only))
     config = ModelConfig(
-        vocab_size=need("vocab_size"), dim=dim, n_layers=need("num_hidden_layers"), n_heads=n_heads,
-        n_kv_heads=need("num_key_value_heads", n_heads if family == "llama" else None),
-        head_dim=need("head_dim", None if family == "qwen3" else dim // n_heads), hidden_dim=need("intermediate_size"),
-        norm_eps=need("rms_norm_eps"), rope_theta=rope_theta, max_positions=need("max_position_embeddings"),
-        rope_scaling=rope or None, window=window,
-        tied=take("tie_word_embeddings", False), qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
-
-    if take("quantization_config"):
-        refuse("quantization_config", raw["quantization_config"],
-               "weights that are not quantised: fetch the model that these were made from")
-    for field, value in unread.items():
-        if value and field not in IGNORED_FIELDS and field not in others:     # a null, false or empty one says nothing
-            refuse(field, value, "no such field, or null, false or 0 (if it does not change the "
-                   "computation, add it to IGNORED_FIELDS)")
+        vocab_size=fields.number("vocab_size"),
+        dim=dim,
+        n_layers=fields.number("num_hidden_layers"),
+        n_heads=n_heads,
+        # Without a default the field has to be there.
+        n_kv_heads=fields.number("num_key_value_heads", n_heads if family == "llama" else None),
+        head_dim=fields.number("head_dim", dim // n_heads if family != "qwen3" else None),
+        hidden_dim=fields.number("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=rope_theta,
+        max_positions=fields.number("max_position_embeddings"),
+        rope_scaling=rope_scaling,
+        window=window,
+        tied=fields.take("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    fields.refuse_others(handled)
     return config
 
 
-# --- attention: who sees whom in a row --------------------------------------------------------------------------------
-
-def causal_attention(q, k, v, window=None):
-    """Plain causal attention of the last Tq tokens of a sequence of Tk. q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)"""
-    Tq, Tk, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
-    window = Tk if window is None else window
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, H or K, T, D)
-    if q.is_cuda and window >= Tk:                                             # flash kernels, no mask in memory
-        mask = causal_lower_right(Tq, Tk) if Tq < Tk else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              enable_gqa=groups > 1)[0].transpose(0, 1)
-    if q.is_cuda:                                                              # a mask with enable_gqa is slow there
-        k, v, groups = *(x.repeat_interleave(groups, 1) for x in (k, v)), 1
-    # On CPUs 128 queries at a time, against the keys that any of them sees: is_causal took 14 to 37 % longer.
-    size, end, out = Tq if q.is_cuda else min(Tq, 128), Tk - Tq, []
-    unseen = q.new_full((size, Tk), -torch.inf)
-    mask = unseen.triu(Tk - size + 1) + unseen.tril(Tk - size - window)        # 0 for keys that a query sees
-    for some in q.split(size, 2):                                              # (1, H, n, D)
-        n = some.shape[2]
-        end += n
-        keys = slice(max(0, end - n + 1 - window), end)
-        out.append(F.scaled_dot_product_attention(some, k[:, :, keys], v[:, :, keys], enable_gqa=groups > 1,
-                                                  attn_mask=mask[-n:, keys.start - end:])[0].transpose(0, 1))
-    return torch.cat(out)                                                      # (Tq, H, D)
-
-
-def pair_attention(q, k, v, pairs, window=None):
-    """Attention in a row of [prompt | chosen | rejected] pairs: each response sees the prompt and itself.
-
-    Two causal calls a pair: prompt and chosen, and the queries of rejected against the keys of prompt and rejected. That
-    repeats nothing but the prompt's keys and values, and on CPU it beat or equalled every other formulation tried.
-    """
-    sizes, out = [size for P, C, R in pairs for size in (P + C, R)], []
-    # Split once: the gradient of a split is one concatenation, that of a slice a whole row of zeros.
-    parts = zip(*(x.split(sizes) for x in (q, k, v)))                          # (q, k, v) of P+C, of R, of P+C, ...
-    for (P, _, _), (q1, k1, v1), (q2, k2, v2) in zip(pairs, parts, parts):
-        out.append(causal_attention(q1, k1, v1, window))
-        out.append(causal_attention(q2, torch.cat((k1[:P], k2)), torch.cat((v1[:P], v2)), window))
-    return torch.cat(out)                                                      # (T, H, D)
-
-
-def pair_layout(pairs, device=None):
-    """Where things stand in a row of pairs, given [(P, C, R), ...] lengths of prompt, chosen and rejected.
-
-    Returns three int64 tensors: positions (T,), which restart for `rejected` where the prompt ended; predictors (R,),
-    the row index of the token whose state predicts each response token (the last prompt token predicts the first of
-    both responses); targets (R,), the row index of each response token. R runs chosen, rejected, pair after pair.
-    """
-    positions, predictors, targets, start = [], [], [], 0
-    for P, C, R in pairs:
-        positions += [*range(P + C), *range(P, P + R)]
-        last, chosen_end = start + P - 1, start + P + C
-        predictors += [*range(last, last + C), last, *range(chosen_end, chosen_end + R - 1)]
-        targets += range(start + P, chosen_end + R)
-        start = chosen_end + R
-    return tuple(torch.tensor(x, device=device) for x in (positions, predictors, targets))
-
-
-def rope_tables(positions, config):
-    """cos and sin of the rotary angles, (T, 1, D/2) each, in fp32. Computed, never stored: nothing to load or shard."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    freq = 1.0 / config.rope_theta**exponent                                   # (D/2,)
-    if s := config.rope_scaling:
-        # Llama-3.1: wavelengths longer than the original context are stretched by `factor`, short ones kept, with a
-        # ramp between.
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # in the original context
-        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / s["factor"])
-    angles = positions[:, None, None] * freq                                   # (T, 1, D/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotates the two halves of each head against each other. (T, H, D) -> (T, H, D)"""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-# --- matrix products --------------------------------------------------------------------------------------------------
-
-def by_onednn(x):
-    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def product(a, b):
-    """a @ b.T, without gradient. (n, k), (m, k) -> (n, m)"""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if by_onednn(a) else a @ b.T
-
-
-def outer(a, b):
-    """a.T @ b, which is how gradients of weights come about. (n, m), (n, k) -> (m, k)"""
-    if by_onednn(a) and a.shape[1] > b.shape[1]:
-        return product(b.T, a.T).T              # the first is copied if it is a transpose: let that be the narrower one
-    return product(a.T, b.T)
-
-
-def add_outer(total, a, b):
-    """total += a.T @ b"""
-    return total.add_(outer(a, b)) if by_onednn(a) else total.addmm_(a.T, b)
-
-
-class Product(torch.autograd.Function):
-    """x @ weight.T by `product`, and its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return product(grad, weight.T), outer(grad, x)
-
-
-class Linear(nn.Linear):
-    """nn.Linear, on CPUs by `product`."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
-        y = Product.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-# --- the transformer --------------------------------------------------------------------------------------------------
-
-class SwiGLU(torch.autograd.Function):
-    """(silu(gate) * up) @ down.T, with silu(gate) and the product computed again in the backward pass: of the four
-    (T, hidden_dim) tensors of a block, the largest there are, two are kept. gate, up (T, hidden_dim) -> (T, dim)"""
-
-    @staticmethod
-    def forward(ctx, gate, up, down):
-        ctx.save_for_backward(gate, up, down)
-        return product(F.silu(gate).mul_(up), down)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up, down = ctx.saved_tensors
-        silu = F.silu(gate)
-        grad_down = outer(grad, silu * up)
-        grad = product(grad, down.T)                                            # (T, hidden_dim)
-        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_down
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension, as nn.RMSNorm. CUDA has a kernel for it; on CPUs PyTorch composes it
-    of eight operations and keeps three tensors like x for the backward pass, NormByHand one."""
-
-    def forward(self, x):
-        return super().forward(x) if x.is_cuda else NormByHand.apply(x, self.weight, self.eps)
-
-
-class NormByHand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()        # 1 / rms(x)
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        unit = x * scale                                                       # x / rms(x), in fp32 at least
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad.to(unit.dtype), unit)[..., None] / x.shape[-1]
-        return (grad - unit * along).mul_(scale).to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding, whose gradient on CPUs is added to weight.grad, if there is one, for the tokens at hand: PyTorch makes
-    one of the whole vocabulary for every row of pairs, and adds that."""
-
-    def forward(self, tokens):
-        return super().forward(tokens) if tokens.is_cuda else RowsByHand.apply(self.weight, tokens)
-
-
-class RowsByHand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, tokens):
-        ctx.weight, ctx.tokens = weight, tokens
-        return weight[tokens]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        total = ctx.weight.grad
-        if total is None:
-            return torch.zeros_like(ctx.weight).index_add_(0, ctx.tokens, grad), None
-        total.index_add_(0, ctx.tokens, grad)
-        return None, None
-
-
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-
-    def forward(self, x, cos, sin, attend):
-        T = x.shape[0]
-        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))             # (T, H, D)
-        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))             # (T, K, D)
-        v = self.v_proj(x).view(T, -1, self.head_dim)                          # (T, K, D)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)              # (T, H, D)
-        return self.o_proj(out.reshape(T, -1))                                 # (T, dim)
-
-
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = Linear(c.dim, c.hidden_dim, bias=False)
-        self.up_proj = Linear(c.dim, c.hidden_dim, bias=False)
-        self.down_proj = Linear(c.hidden_dim, c.dim, bias=False)
-
-    def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)                          # (T, hidden_dim)
-        return SwiGLU.apply(gate, up, self.down_proj.weight)
-
-
-class Block(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
-        self.mlp = MLP(c)
-
-    def forward(self, x, cos, sin, attend, recompute=False):
-        # Recomputation is in here, and not around the block, so that sharding (FSDP2) wraps it and gathers weights once.
-        if recompute:
-            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
-        return self.compute(x, cos, sin, attend)
-
-    def compute(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.recompute = False          # recompute each block in the backward pass: less memory, a third more work
-        self.compute_device = None      # where it computes, if not where its weights rest (CPU offload)
-        self.model = nn.ModuleDict({
-            "embed_tokens": Embedding(config.vocab_size, config.dim),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-            "norm": RMSNorm(config.dim, config.norm_eps),
-        })
-        if not config.tied:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-
-    @property
-    def head_weight(self):
-        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight   # (V, dim)
-
-    @property
-    def device(self):
-        return self.compute_device or self.head_weight.device
-
-    def states(self, tokens, positions, attend):
-        """Final normed hidden states of a row. tokens and positions (T,) int64 -> (T, dim).
-
-        attend(layer, q, k, v) -> (T, H, D) decides who sees whom; layer counts from 0.
-        """
-        x = self.model.embed_tokens(tokens)                                    # (T, dim)
-        cos, sin = (table.to(x.dtype) for table in rope_tables(positions, self.config))
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, partial(attend, i), self.recompute and torch.is_grad_enabled())
-        return self.model.norm(x)
-
-    def forward(self, tokens):
-        """Logits of one plain sequence, all V of them for every token: for checks, not for training. (T,) -> (T, V)"""
-        attend = lambda layer, q, k, v: causal_attention(q, k, v, self.config.window)
-        positions = torch.arange(len(tokens), device=tokens.device)
-        return Product.apply(self.states(tokens, positions, attend), self.head_weight)
-
-    def response_states(self, tokens, pairs):
-        """The states that predict the response tokens of a packed row, and those tokens: (R, dim) and (R,) from (T,).
-
-        The row holds [prompt | chosen | rejected] pair after pair, the prompt once; `pairs` lists their lengths
-        (P, C, R), each at least 1.
-        """
-        positions, predictors, targets = pair_layout(pairs, tokens.device)
-        attend = lambda layer, q, k, v: pair_attention(q, k, v, pairs, self.config.window)
-        return self.states(tokens, positions, attend)[predictors], tokens[targets]
-
-    def token_logps(self, states, targets):
-        """Log-probs of target tokens, in fp32 at least. states (R, dim), targets (R,) -> (R,)"""
-        return TargetLogps.apply(states, self.head_weight, targets)
-
-    @torch.no_grad()
-    def run_head(self, states, targets, sizes, loss, grad_scale=None):
-        """Calls loss(i, log-probs) for groups of targets, of given sizes that add up to R: a number for the i-th group's
-        log-probs (size,). states (R, dim), targets (R,).
-
-        With grad_scale it also adds the gradient of grad_scale * (sum of losses) to the head weight's, and returns that of
-        the states (R, dim), for states.backward. Log-probs and their gradient are computed a group after another, so that
-        only one group's logits are kept at once; autograd would need a second gradient of the weight for that.
-        """
-        weight, grad_states, start = self.head_weight, torch.empty_like(states), 0
-        if grad_scale is not None and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        for i, size in enumerate(sizes):
-            group = slice(start, start + size)
-            logps, *kept = _logps(states[group], weight, targets[group], keep=grad_scale is not None)
-            if grad_scale is None:
-                loss(i, logps)
-            else:
-                with torch.enable_grad():
-                    (grad,) = torch.autograd.grad(grad_scale * loss(i, logps.requires_grad_()), logps)
-                grad_states[group] = _logps_backward(grad, states[group], weight, targets[group], *kept, weight.grad)
-            start, kept = start + size, None
-        return None if grad_scale is None else grad_states
-
-    def response_logps(self, tokens, pairs):
-        """Log-probs of the response tokens of a packed row, as response_states lays them out. -> (R,)"""
-        return self.token_logps(*self.response_states(tokens, pairs))
-
-
-class TargetLogps(torch.autograd.Function):
-    """log softmax(states @ weight.T)[target] with its gradient by hand, a block of the vocabulary after another.
-
-    A log-prob is z[target] - logsumexp(z), in fp32 (of bf16 logits, if the states are bf16): at a 128k vocabulary and the
-    logits of a trained model torch's own fp32 CPU log_softmax is off by 1e-5 a token, this by 2e-7.
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, targets):
-        logps, logsumexp, ctx.blocks = _logps(states, weight, targets, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(states, weight, targets, logsumexp)
-        return logps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_weight = torch.zeros_like(ctx.saved_tensors[1])
-        blocks, ctx.blocks = ctx.blocks, [(None, largest) for _, largest in ctx.blocks]          # what is kept is overwritten
-        return _logps_backward(grad, *ctx.saved_tensors, blocks, grad_weight), grad_weight, None
-
-
-def _limit(logits, states):
-    return logits["cpu" if states.device.type == "cpu" else "gpu"]
-
-
-def _blocks(states, targets, weight):
-    """The vocabulary in blocks of v whose logits, for all R states, are at most BLOCK_LOGITS: the block, its weight
-    (v, dim), which targets are in it (R,), and their columns there (R, 1), 0 for the others."""
-    size = max(1, _limit(BLOCK_LOGITS, states) // len(states))
-    for start in range(0, len(weight), size):
-        block = slice(start, min(start + size, len(weight)))
-        here = (targets >= start) & (targets < block.stop)
-        yield block, weight[block], here, torch.where(here, targets - start, 0)[:, None]
-
-
-def _logits(states, weight):
-    return product(states, weight).to(torch.promote_types(states.dtype, torch.float32))
-
-
-def _logps(states, weight, targets, keep):
-    """Log-probs of targets (R,), logsumexp of the logits (R, 1), and of each block exp(z - m) of its logits z (R, v) and m
-    (R, 1), the largest logits so far. exp(z - m) is None unless asked for, and beyond KEPT_LOGITS in all."""
-    blocks, room = [], _limit(KEPT_LOGITS, states) if keep else 0
-    largest, total, target_z = -torch.inf, 0, 0
-    for _, block, here, column in _blocks(states, targets, weight):
-        z = _logits(states, block)
-        target_z = target_z + torch.where(here[:, None], z.gather(1, column), 0)
-        before, largest = largest, z.amax(-1, keepdim=True).clamp_(min=largest)
-        z.sub_(largest).exp_()
-        total = total * (before - largest).exp() + z.sum(-1, keepdim=True)
-        room -= z.numel()
-        blocks.append((z if room >= 0 else None, largest))
-        del z                                                                  # free a block before making the next
-    return (target_z - largest - total.log())[:, 0], largest + total.log(), blocks
-
-
-def _logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weight):
-    """Gradient of the states (R, dim) from that of the log-probs (R,); adds that of the weight to grad_weight. What was
-    kept is overwritten."""
-    grad_states, grad = torch.zeros_like(states, dtype=logsumexp.dtype), grad[:, None]
-    for (exps, largest), (block, weight, here, column) in zip(blocks, _blocks(states, targets, weight)):
-        if exps is None:
-            exps = _logits(states, weight).sub_(largest).exp_()
-        # d logp / d logits = onehot(target) - softmax(logits)
-        grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())           # (R, v)
-        grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))
-        grad_logits = grad_logits.to(weight.dtype)
-        grad_states += product(grad_logits, weight.T)
-        add_outer(grad_weight[block], grad_logits, states)
-        del exps, grad_logits
-    return grad_states.to(states.dtype)
-
-
-# --- Hugging Face folders ---------------------------------------------------------------------------------------------
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+class _ConfigFields:
+    """config.json field by field. What is not taken in the end has to say nothing."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path}: not valid JSON ({e})") from None
+        if not isinstance(self.raw, dict):
+            raise ValueError(f"{path}: expected a JSON object, found {self.raw!r:.60}")
+        self.unread = dict(self.raw)
+
+    def take(self, name, default=None):
+        """The value of a field; `default` where it is absent or null."""
+        value = self.unread.pop(name, None)
+        return default if value is None else value
+
+    def number(self, name, default=None):
+        value = self.take(name, default)
+        if value is None:
+            raise ValueError(f"{self.path}: field {name} is missing")
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{self.path}: {name} = {value!r}; expected a positive number")
+        return value
+
+    def refuse(self, name, value, expected):
+        raise ValueError(
+            f"{self.path}: {name} = {value!r:.200} is not supported; expected {expected}. "
+            "model.py computes Llama, Mistral, Qwen2 and Qwen3 exactly or not at all")
+
+    def refuse_others(self, handled):
+        """Refuses fields that nobody took, unless they are null, false, empty or to be ignored."""
+        quantization = self.take("quantization_config")
+        if quantization:
+            self.refuse(
+                "quantization_config", quantization,
+                "weights that are not quantised: fetch the model that these were made from")
+        for name, value in self.unread.items():
+            if value and name not in IGNORED_FIELDS and name not in handled:
+                self.refuse(
+                    name, value, "no such field, or null, false or 0 (if it does not change the "
+                    "computation, add it to IGNORED_FIELDS)")
+
+
+def _read_rope(fields):
+    """(theta, scaling or None) of the rotary embedding."""
+    rope = {"rope_theta": fields.take("rope_theta", 10000.0)}
+    rope |= fields.take("rope_scaling", {})             # transformers 4
+    rope |= fields.take("rope_parameters", {})          # transformers 5
+    theta = float(rope.pop("rope_theta"))
+    older = rope.pop("type", None)                      # what rope_type was once called
+    kind = rope.pop("rope_type", None) or older or "default"
+    if kind not in ROPE_FIELDS:
+        fields.refuse("rope type", kind, "default or llama3")
+    if set(rope) != ROPE_FIELDS[kind]:
+        fields.refuse(f"{kind} rope with fields", sorted(rope), f"{sorted(ROPE_FIELDS[kind])}")
+    return theta, rope or None
+
+
+def _read_window(fields, family):
+    """The sliding window of all layers, or None."""
+    window = None
+    if family == "mistral" and fields.unread.get("sliding_window", 4096) is not None:
+        # Where the field is absent transformers takes 4096; null says that there is no window.
+        window = fields.number("sliding_window", 4096)
+    elif family.startswith("qwen"):
+        if fields.take("use_sliding_window", False):
+            fields.refuse("use_sliding_window", True, "false")
+        fields.take("sliding_window")                   # has no effect then
+    layers = {"sliding_attention" if window else "full_attention"}
+    found = set(fields.take("layer_types", layers))
+    if found and found != layers:
+        fields.refuse("layer_types", sorted(found), "the same attention in every layer")
+    return window
+
+
+# --- Hugging Face folders: which files count ------------------------------------------------------
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 INDEX = "model.safetensors.index.json"      # {"weight_map": {name of a weight: its file}}
 
 # Everything in a model folder that is not weights, copied byte for byte.
-COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "original/tokenizer*",
-                "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                "tekken.json", "chat_template*", "additional_chat_templates/*")
+COPIED_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "original/tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json",
+    "chat_template*", "additional_chat_templates/*")
 
-# What to do about folders that are no such model: see model_folder, weight_files and read_config.
+# What to do about folders that hold no such model.
 MODEL_FILES = "a Hugging Face model folder (config.json, *.safetensors, tokenizer files)"
 OTHER_FOLDERS = {       # by a file in them
     "adapter_config.json": "This is a LoRA adapter: merge it into its model (merge_and_unload of "
@@ -597,10 +612,14 @@ def model_folder(folder):
     """The Path of a folder. ValueError with what to do if there is none, or half a git clone."""
     folder = Path(folder)
     if not folder.is_dir():
-        is_hub_id = re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
-        local, hub = (folder.name, folder) if is_hub_id else (folder, f"ORGANISATION/{folder.name}")
-        raise ValueError(HOW_TO_FETCH.format(local, hub, MODEL_FILES))
-    refuse_pointers(file for pattern in COPIED_FILES for file in folder.glob(pattern))
+        local = folder
+        hub_id = f"ORGANISATION/{folder.name}"
+        if re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists():
+            local = folder.name                         # a name of the hub was given
+            hub_id = folder
+        raise ValueError(HOW_TO_FETCH.format(local, hub_id, MODEL_FILES))
+    for pattern in COPIED_FILES:
+        refuse_pointers(folder.glob(pattern))
     return folder
 
 
@@ -608,48 +627,60 @@ def refuse_pointers(files):
     """ValueError if one is what a git clone without LFS leaves in the place of a large file."""
     for file in filter(Path.is_file, files):
         with file.open("rb") as f:
-            if f.read(len(POINTER)) == POINTER:
-                raise ValueError(f"{file}: a Git LFS pointer in the place of the file; run "
-                                 f"`git lfs pull` in {file.parent}, or fetch it by `hf download`")
+            start = f.read(len(POINTER))
+        if start == POINTER:
+            raise ValueError(
+                f"{file}: a Git LFS pointer in the place of the file; run `git lfs pull` in "
+                f"{file.parent}, or fetch it by `hf download`")
+
+
+def _config_file(folder):
+    path = model_folder(folder) / "config.json"
+    if not path.exists():
+        advice = [text for name, text in OTHER_FOLDERS.items() if (path.parent / name).exists()]
+        raise ValueError(". ".join([f"{path}: not found; expected {MODEL_FILES}", *advice]))
+    return path
 
 
 def weight_files(folder):
     """The safetensors files that hold the model of a folder: those of the index, if there is one.
     Others may lie beside them: Mistral's consolidated.safetensors, an adapter, an older save."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [folder / name for name in sorted(names)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: expected a JSON object whose weight_map gives each weight "
-                             "its file; fetch it again") from None
-        if absent := [file.name for file in files if not file.exists()]:
-            raise ValueError(f"{folder}: weights are missing; {INDEX} names files that are not "
-                             f"there: {', '.join(absent)}. Fetch them, or the whole folder again")
-        return files
+    if (folder / INDEX).exists():
+        return _indexed_files(folder)
     for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors"):
-        if files := sorted(folder.glob(pattern)):
+        files = sorted(folder.glob(pattern))
+        if files:
             return files
-    if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
+    pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
+    if pickled:
         raise ValueError(HOW_TO_CONVERT.format(folder, ", ".join(pickled), MODEL_FILES))
     raise ValueError(f"{folder}: no *.safetensors files; expected {MODEL_FILES}. *.pth and *.gguf "
                      "are other layouts: fetch the model*.safetensors of the same model")
 
 
+def _indexed_files(folder):
+    index = folder / INDEX
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: expected a JSON object whose weight_map gives each weight "
+                         "its file; fetch it again") from None
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise ValueError(f"{folder}: weights are missing; {INDEX} names files that are not "
+                         f"there: {', '.join(absent)}. Fetch them, or the whole folder again")
+    return files
+
+
 def checkpoint_tensors(folder):
     """{name: (shape, dtype, file name)} of a folder's weights, from the headers of its files."""
-    folder, found = model_folder(folder), {}
+    folder = model_folder(folder)
     files = weight_files(folder)
     refuse_pointers(files)
+    found = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                header = {name: f.get_slice(name) for name in f.keys()}
-                header = {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in header.items()}
-        except SafetensorError as e:
-            raise ValueError(f"{file}: not a complete safetensors file ({e}); fetch it again") from None
-        for name, (shape, dtype) in header.items():
+        for name, (shape, dtype) in _header(file).items():
             if name in found:
                 raise ValueError(f"{folder}: weight {name} is both in {found[name][2]} and in "
                                  f"{file.name}; move the files of another model away")
@@ -660,59 +691,96 @@ def checkpoint_tensors(folder):
     return found
 
 
-def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Transformer, others=()):
-    """A Transformer with the weights of a Hugging Face folder, in `dtype` (fp32 for training: bf16 weights do not move
-    at learning rate 1e-6). Every weight must be there, of the right shape and finite, and no other; else ValueError.
+def _header(file):
+    """{name: (shape, dtype)} of a safetensors file, in its own words."""
+    header = {}
+    try:
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                tensor = f.get_slice(name)
+                header[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+    except SafetensorError as e:
+        raise ValueError(
+            f"{file}: not a complete safetensors file ({e}); fetch it again") from None
+    return header
 
-    shard: a function that is given the model while it is still without memory (on the meta device) and makes its
-    parameters DTensors, as fully_shard does. Each rank then reads its own slices of the files, one tensor after another,
-    and nobody holds the model. All ranks must call this together.
-    build: makes the model from its ModelConfig, for one with another head; others as of read_config.
+
+# --- Hugging Face folders: loading and saving -----------------------------------------------------
+
+def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Transformer,
+               handled=()):
+    """A Transformer with the weights of a Hugging Face folder, in `dtype`. Training takes fp32:
+    bf16 weights do not move at a learning rate of 1e-6. ValueError unless every weight of the model
+    is there, of the right shape and finite, and no other.
+
+    shard: a function that is given the model while it is on the meta device, without memory, and
+    makes its parameters DTensors, as fully_shard does. Each rank then reads its own slices of the
+    files, one tensor after another, and nobody holds the model. All ranks call this together.
+    build: makes the model from its ModelConfig, for one with another head.
+    handled: as of read_config.
     """
-    config, found = read_config(folder, others), checkpoint_tensors(folder)
+    config = read_config(folder, handled)
+    found = checkpoint_tensors(folder)
     with torch.device("meta"):
         model = build(config).to(dtype)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    # Old Llama-2 files carry the rotary frequencies, which are derived; some tied models carry their embedding twice.
-    extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
-    extra -= {"lm_head.weight"} if config.tied else set()
-    if missing := set(expected) - set(found):
-        read = sorted({file for _, _, file in found.values()})
-        raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first, in "
-                         f"{', '.join(read)}")
-    if extra:
-        raise ValueError(f"{folder}: {len(extra)} weights that the model of config.json does not have, {min(extra)} "
-                         f"(in {found[min(extra)][2]}) first; move files of another format or model away")
-    for name, shape in expected.items():
-        if found[name][0] != shape:
-            raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; config.json asks for "
-                             f"{shape}")
-
+    _check_tensors(folder, model, found)
     if shard:
         shard(model)
     model.to_empty(device=device)
+
+    # Read in place. Some tied models carry their embedding twice: both are read and compared.
     tensors = model.state_dict()
-    if config.tied and "lm_head.weight" in found:
+    twice = config.tied and "lm_head.weight" in found
+    if twice:
         tensors["lm_head.weight"] = torch.empty_like(model.head_weight)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     files = {f"{folder}/{file}" for _, _, file in found.values()}
-    reader.fs.ls = lambda _: files          # it would read every *.safetensors that is there
+    reader.fs.ls = lambda _: files          # it would read every *.safetensors of the folder
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is ")    # that there is one process is no news
+        warnings.filterwarnings("ignore", "torch.distributed is ")      # not initialized
         try:
             dcp.load(tensors, storage_reader=reader)
         except dcp.api.CheckpointException as e:
             raise ValueError(f"{folder}: its weights cannot be read ({e})") from None
-    mine = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}     # this rank's slices
-    for name, t in mine.items():
-        if t.numel() and not torch.stack(t.aminmax()).isfinite().all():      # isfinite of it all would copy it twice
+
+    # This rank's slices. isfinite of a whole tensor would copy it twice; its extremes do not.
+    tensors = {name: _local(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{folder}/{found[name][2]}: {name} holds NaN or infinite values")
-    twin = mine.get("lm_head.weight") if config.tied else None
-    if twin is not None and not torch.equal(twin, mine["model.embed_tokens.weight"]):
-        raise ValueError(f"{folder}: config.json ties the output projection to the embedding, but "
-                         f"{found['lm_head.weight'][2]} holds another lm_head.weight")
+    if twice and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        raise ValueError(
+            f"{folder}: config.json ties the output projection to the embedding, but "
+            f"{found['lm_head.weight'][2]} holds another lm_head.weight")
     return model
+
+
+def _check_tensors(folder, model, found):
+    """ValueError unless the weights that were found are those of the model."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    missing = set(expected) - set(found)
+    if missing:
+        read = sorted({file for _, _, file in found.values()})
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, {min(missing)} first, in "
+                         f"{', '.join(read)}")
+    # Old Llama-2 files carry the frequencies of the rotary embedding, which are computed here.
+    extra = {name for name in found if not name.endswith("rotary_emb.inv_freq")} - set(expected)
+    if model.config.tied:
+        extra.discard("lm_head.weight")
+    if extra:
+        raise ValueError(
+            f"{folder}: {len(extra)} weights that the model of config.json does not have, "
+            f"{min(extra)} (in {found[min(extra)][2]}) first; move files of another format or "
+            "model away")
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            raise ValueError(f"{folder}/{found[name][2]}: {name} has shape {found[name][0]}; "
+                             f"config.json asks for {shape}")
+
+
+def _local(tensor):
+    """This rank's slice of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
@@ -725,40 +793,33 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
     All ranks of a sharded model must call this together: they gather one weight after another, and
     rank 0, which holds those of one file at a time, writes. OSError if it cannot.
     """
-    folder, like = Path(folder), Path(like)
-    stored, weights = checkpoint_tensors(like), model.state_dict()
+    folder = Path(folder)
+    like = Path(like)
+    stored = checkpoint_tensors(like)
+    weights = model.state_dict()
     dtypes = {name: dtype or stored[name][1] for name in weights}
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in weights.items()}
+    files = _files_to_write(sizes, shard_bytes)
 
-    # 1. Which weights go into which file.
-    parts, used = [[]], 0
-    for name, size in sizes.items():
-        if used and used + size > shard_bytes:
-            parts.append([])
-            used = 0
-        parts[-1].append(name)
-        used += size
-    names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
-    files = dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts))
-
-    # 2. The index first: while files that it names are missing, this is no model to anybody.
+    # 1. The index first: while files that it names are missing, this is no model to anybody.
     writing = not dist.is_initialized() or dist.get_rank() == 0
     if writing:
         if any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder}: holds weights already; name another folder to save in")
         folder.mkdir(parents=True, exist_ok=True)
-        weight_map = {name: file for file, part in files.items() for name in part}
+        weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    # 3. The weights. transformers 4.44 refuses files whose metadata do not name the format.
-    for file, part in files.items():
+    # 2. The weights. transformers 4.44 refuses files whose metadata do not name the format.
+    for file, names in files.items():
         tensors = {}
-        for name in part:
-            t = weights[name].detach().to(dtypes[name])
-            t = t.full_tensor() if isinstance(t, DTensor) else t
+        for name in names:
+            tensor = weights[name].detach().to(dtypes[name])
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()           # gathered on all ranks
             if writing:
-                tensors[name] = t.contiguous().cpu()
+                tensors[name] = tensor.contiguous().cpu()
         if writing:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -766,11 +827,34 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
                 raise OSError(f"{folder / file}: cannot be written ({e})") from None
             shutil.copymode(folder / INDEX, folder / file)      # save_file lets only the owner read
 
-    # 4. Everything else.
-    for pattern in COPIED_FILES if writing else ():
-        for file in filter(Path.is_file, like.glob(pattern)):
-            target = folder / file.relative_to(like)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+    # 3. Everything else.
+    if writing:
+        _copy_other_files(like, folder)
     if any(isinstance(p, DTensor) for p in weights.values()):
         dist.barrier()
+
+
+def _files_to_write(sizes, shard_bytes):
+    """{file: names of its weights}: the weights in their order, in files of at most shard_bytes."""
+    parts = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if used and used + size > shard_bytes:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    files = {}
+    for number, names in enumerate(parts, 1):
+        files[f"model-{number:05}-of-{len(parts):05}.safetensors"] = names
+    return files
+
+
+def _copy_other_files(source, target):
+    for pattern in COPIED_FILES:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

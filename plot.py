@@ -1,8 +1,12 @@
-"""Pictures of the method and of runs. Needs matplotlib (pip install matplotlib), which nothing else here does.
+"""Pictures of the method and of runs. Needs matplotlib (pip install matplotlib), here alone.
 
-    python plot.py shapes --output shapes.png                              # the reward for a set of alphas
-    python plot.py runs runs/first runs/second --output runs.png           # how held-out pairs moved, run by run
-    python plot.py drift experiments/tiny.jsonl --output drift.png         # score against KL, from experiments/alpha.py
+    python plot.py shapes --output shapes.png
+    python plot.py runs runs/first runs/second --output runs.png
+    python plot.py drift experiments/tiny.jsonl --output drift.png
+
+shapes  the reward and its slope for a set of alphas
+runs    how held-out pairs moved in the training runs of these folders
+drift   judged score and likelihood displacement against KL, of a file of experiments/alpha.py
 """
 import argparse
 import statistics
@@ -10,24 +14,38 @@ import sys
 from pathlib import Path
 
 import matplotlib
-matplotlib.use("Agg")       # files, not windows
+matplotlib.use("Agg")       # draw into files, not windows
 import matplotlib.pyplot as plt
 import torch
 
 from alphapo import alphapo_reward
 from data.files import read_jsonl, written_whole
 
+# Those that experiments/alpha.py compares.
 ALPHAS = (-1, -0.25, 0, 0.1, 0.25, 0.5, 1)
 
+# The curves of a run: panel, metric, line style.
+RUN_CURVES = (
+    (0, "eval_displacement/chosen", "-"),
+    (0, "eval_displacement/rejected", "--"),
+    (1, "eval_rewards/margins", "-"),
+    (2, "eval_logps/margins", "-"),
+)
 
-def colour(alpha):
+
+# --- what all pictures share ----------------------------------------------------------------------
+
+def color_of(alpha):
     """Blue below 0, black at SimPO, orange to red above."""
     if alpha == 0:
         return "black"
-    return plt.get_cmap("Blues" if alpha < 0 else "autumn_r")(0.25 + 0.6 * min(abs(alpha), 1) ** 0.5)
+    colors = plt.get_cmap("Blues" if alpha < 0 else "autumn_r")
+    # The square root keeps small alphas apart; both ends of a map are hard to see on white.
+    return colors(0.25 + 0.6 * min(abs(alpha), 1) ** 0.5)
 
 
 def style(axes, title, x, y):
+    """Gives a panel its title, the names of its axes and a quiet frame."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -35,80 +53,144 @@ def style(axes, title, x, y):
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
 def shapes():
     """The reward and its slope against the average log-prob, at beta = 1."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    # Likely answers are on the right; at 0, an answer that is certain, all shapes meet.
     logps = torch.linspace(-3, -0.02, 300, dtype=torch.float64)
     for alpha in ALPHAS:
-        label = f"alpha = {alpha:g}" + (" (SimPO)" if alpha == 0 else "")
-        left.plot(logps, alphapo_reward(logps, alpha=alpha, beta=1.0), color=colour(alpha), label=label)
-        right.plot(logps, torch.exp(-alpha * logps), color=colour(alpha))
+        label = f"alpha = {alpha:g}"
+        if alpha == 0:
+            label += " (SimPO)"
+        rewards = alphapo_reward(logps, alpha=alpha, beta=1.0)
+        slopes = torch.exp(-alpha * logps)
+        left.plot(logps, rewards, color=color_of(alpha), label=label)
+        right.plot(logps, slopes, color=color_of(alpha))
+
     style(left, "reward", "average log-prob per token", "(1 - exp(-alpha l)) / alpha")
-    style(right, "its slope: how hard an answer is pushed", "average log-prob per token", "exp(-alpha l)")
-    left.set_ylim(-6, 0.2)
-    right.set_yscale("log")
+    style(right, "its slope: how hard an answer is pushed", "average log-prob per token",
+          "exp(-alpha l)")
+    left.set_ylim(-6, 0.2)      # alpha = 1 falls to -19
+    right.set_yscale("log")     # straight lines of slope -alpha
     left.legend(fontsize=8, frameon=False)
     return figure
 
 
+# --- runs -----------------------------------------------------------------------------------------
+
 def read_run(folder):
-    """(name, evaluations) of a run folder: the lines of metrics.jsonl that hold eval_ metrics."""
+    """(name, evaluations) of a run folder: the lines of metrics.jsonl that hold eval_ metrics.
+    ValueError if there are none of held-out pairs."""
     folder = Path(folder)
-    lines = [line for _, line in read_jsonl(folder / "metrics.jsonl")]
-    evaluations = [line for line in lines if "eval_displacement/chosen" in line]
+    evaluations = []
+    for _, line in read_jsonl(folder / "metrics.jsonl"):
+        if "eval_displacement/chosen" in line:
+            evaluations.append(line)
     if not evaluations:
-        raise ValueError(f"{folder}/metrics.jsonl: no evaluations of held-out pairs; expected a run with --eval_pairs or "
-                         "--eval_data (and --eval_every for more than two points)")
+        raise ValueError(f"{folder}/metrics.jsonl: no evaluations of held-out pairs; expected a "
+                         "run with --eval_pairs or --eval_data (and --eval_every for more than "
+                         "two points)")
     return folder.name, evaluations
 
 
 def runs(folders):
-    """Held-out trajectories of run folders: log-probs, both margins, and the judge's score where there is one."""
-    read = [read_run(folder) for folder in folders]
-    judged = any("eval_judge_score" in line for _, lines in read for line in lines)
-    figure, axes = plt.subplots(1, 3 + judged, figsize=(3.6 * (3 + judged), 3.4))
-    for i, (name, lines) in enumerate(read):
-        hue, steps = f"C{i}", [line["step"] for line in lines]
-        for panel, metric, dash in ((0, "eval_displacement/chosen", "-"), (0, "eval_displacement/rejected", "--"),
-                                    (1, "eval_rewards/margins", "-"), (2, "eval_logps/margins", "-")):
-            label = name if dash == "-" else None
-            axes[panel].plot(steps, [line[metric] for line in lines], dash, color=hue, label=label, marker=".")
-        points = [(line["step"], line["eval_judge_score"], line["eval_judge_stderr"] or 0) for line in lines
-                  if line.get("eval_judge_score") is not None]
-        if points:
-            axes[3].errorbar(*map(list, list(zip(*points))[:2]), yerr=[p[2] for p in points], color=hue, marker=".", capsize=2)
+    """Held-out pairs over the steps of run folders: log-probs, both margins, and the judge's score
+    where there is one."""
+    # A fourth panel if any run was judged.
+    named_runs = [read_run(folder) for folder in folders]
+    is_judged = any("eval_judge_score" in line for _, lines in named_runs for line in lines)
+    n_panels = 4 if is_judged else 3
+    figure, axes = plt.subplots(1, n_panels, figsize=(3.6 * n_panels, 3.4))
+
+    # Runs differ by color, chosen and rejected by line style.
+    for i, (name, lines) in enumerate(named_runs):
+        color = f"C{i}"         # the i-th color of matplotlib's cycle
+        draw_pairs(axes, name, lines, color)
+        if is_judged:
+            draw_judge(axes[3], lines, color)
+
     style(axes[0], "chosen (line) and rejected (dashed)", "step", "log-prob per token since step 0")
     style(axes[1], "reward margin", "step", "chosen - rejected")
     style(axes[2], "log-prob margin", "step", "chosen - rejected")
-    if judged:
+    if is_judged:
         style(axes[3], "judge, on sampled answers", "step", "mean score")
+    # Below this line a response has become less likely than it was.
     axes[0].axhline(0, color="grey", linewidth=0.8)
     axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
+def draw_pairs(axes, name, lines, color):
+    """Draws the curves of one run's evaluations into the first three panels."""
+    steps = column(lines, "step")
+    for panel, metric, dash in RUN_CURVES:
+        # One entry of the legend a run: its dashed curve has none.
+        label = name if dash == "-" else None
+        values = column(lines, metric)
+        axes[panel].plot(steps, values, dash, color=color, label=label, marker=".")
+
+
+def draw_judge(panel, lines, color):
+    """Draws the judge's mean scores of one run, with their standard errors, if it has any."""
+    steps = []
+    scores = []
+    errors = []
+    for line in lines:
+        if line.get("eval_judge_score") is not None:
+            steps.append(line["step"])
+            scores.append(line["eval_judge_score"])
+            errors.append(line["eval_judge_stderr"] or 0)       # null for a single answer
+    if steps:
+        panel.errorbar(steps, scores, yerr=errors, color=color, marker=".", capsize=2)
+
+
+# --- drift ----------------------------------------------------------------------------------------
+
 def drift(file):
-    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py; a line joins
-    the means at each learning rate."""
-    groups = {}
+    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
+    a line joins the means at each learning rate."""
+    # A label is a method or an alpha; each has a color.
+    rows_by_label = {}
     for _, row in read_jsonl(file):
-        groups.setdefault(row["label"], []).append(row)
+        rows_by_label.setdefault(row["label"], []).append(row)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
-    for label, rows in groups.items():
+    for label, rows in rows_by_label.items():
         alpha = rows[0]["alpha"]
-        hue = "tab:green" if alpha is None else colour(alpha)
-        for axes, metric in ((left, "score"), (right, "displacement_chosen")):
-            axes.scatter([row["kl"] for row in rows], [row[metric] for row in rows], color=hue, s=12, alpha=0.5)
-            rates = sorted({row["learning_rate"] for row in rows})
-            mean = lambda name, rate: statistics.mean(row[name] for row in rows if row["learning_rate"] == rate)
-            axes.plot([mean("kl", r) for r in rates], [mean(metric, r) for r in rates], color=hue, linewidth=1, label=label)
-            axes.set_xscale("log")
+        color = "tab:green" if alpha is None else color_of(alpha)       # DPO has no alpha
+        draw_drift(left, "score", rows, color, label)
+        draw_drift(right, "displacement_chosen", rows, color, label)
+
     style(left, "score of sampled answers", "KL to the start, nats per token", "judge's mean score")
-    style(right, "likelihood displacement", "KL to the start, nats per token", "change of the chosen log-prob")
+    style(right, "likelihood displacement", "KL to the start, nats per token",
+          "change of the chosen log-prob")
     right.axhline(0, color="grey", linewidth=0.8)
     left.legend(fontsize=8, frameon=False)
     return figure
 
+
+def draw_drift(panel, metric, rows, color, label):
+    """Draws a metric of runs against their KL: a point a run, and a line through the means."""
+    panel.scatter(column(rows, "kl"), column(rows, metric), color=color, s=12, alpha=0.5)
+
+    # Runs of one learning rate differ by their seed alone.
+    mean_kls = []
+    mean_values = []
+    for rate in sorted({row["learning_rate"] for row in rows}):
+        same_rate = [row for row in rows if row["learning_rate"] == rate]
+        mean_kls.append(statistics.mean(column(same_rate, "kl")))
+        mean_values.append(statistics.mean(column(same_rate, metric)))
+    panel.plot(mean_kls, mean_values, color=color, linewidth=1, label=label)
+    panel.set_xscale("log")     # KL spans two powers of ten
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -116,9 +198,18 @@ def main():
     parser.add_argument("inputs", nargs="*", help="run folders, or the file of an experiment")
     parser.add_argument("--output", required=True, help="picture file")
     args = parser.parse_args()
-    if {"shapes": args.inputs, "runs": not args.inputs, "drift": len(args.inputs) != 1}[args.what]:
+
+    # Each picture with the number of inputs that it takes.
+    n_inputs = len(args.inputs)
+    if args.what == "shapes" and n_inputs == 0:
+        figure = shapes()
+    elif args.what == "runs" and n_inputs > 0:
+        figure = runs(args.inputs)
+    elif args.what == "drift" and n_inputs == 1:
+        figure = drift(args.inputs[0])
+    else:
         parser.error("shapes takes no input, runs one folder or more, drift one file")
-    figure = {"shapes": shapes, "runs": lambda: runs(args.inputs), "drift": lambda: drift(*args.inputs)}[args.what]()
+
     figure.tight_layout()
     with written_whole(args.output) as temporary:
         figure.savefig(temporary, dpi=130)

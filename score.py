@@ -34,10 +34,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import cpu
 from data.files import parse_line, read_rows, written_whole
 from data.preference import as_answers
 from judge import load_judge
-from model import Transformer, causal_attention, checkpoint_tensors, load_model
+from model import Transformer, checkpoint_tensors, load_model
 from tokenizer import CHAT_FORMATS, load_chat
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
@@ -83,7 +84,7 @@ class JudgeScorer:
 
 class ScalarReward(Transformer):
     """A Transformer whose head is one number: `score.weight` (1, dim)."""
-    others = ("num_labels",)        # fields of config.json that are handled here
+    handled = ("num_labels",)       # fields of config.json that model.py does not know
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
@@ -109,7 +110,7 @@ class GatedReward(Transformer):
         "gating_n_hidden": 3,           # hidden layers of the gate, an MLP
         "gating_temperature": 10,
     }
-    others = ("num_labels", "auto_map", *defaults)
+    handled = ("num_labels", "auto_map", *defaults)
     # A prompt ends with <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n. The gate
     # reads the first of these.
     prompt_end = [128009, 128006, 78191, 128007, 271]
@@ -164,7 +165,7 @@ def load_reward_model(folder, dtype=torch.float32, device="cpu"):
         text = (Path(folder) / "config.json").read_text(encoding="utf-8")
         return kind(config, json.loads(text))
 
-    model = load_model(folder, dtype, device, build=build, others=kind.others)
+    model = load_model(folder, dtype, device, build=build, handled=kind.handled)
     # Names of the body begin with "model.", as in any Hugging Face folder; the rest is the head.
     for name, p in model.named_parameters():
         if not name.startswith("model."):
@@ -194,7 +195,7 @@ def rewards(model, prompt, answers):
             q_one = torch.cat((q[:P], q[start:end]))
             k_one = torch.cat((k[:P], k[start:end]))
             v_one = torch.cat((v[:P], v[start:end]))
-            one = causal_attention(q_one, k_one, v_one, model.config.window)
+            one = model.causal_attention(q_one, k_one, v_one)
             if out:
                 one = one[P:]       # the prompt's part came with the first answer
             out.append(one)
@@ -223,6 +224,7 @@ class RewardScorer:
             self.model = load_reward_model(folder, torch.bfloat16, "cuda")
         else:
             self.model = load_reward_model(folder, torch.float32, "cpu")
+            cpu.speed_up(self.model)
         self._check_layout()
         self.name = Path(folder).resolve().name         # in the output
         if self.chat.date:                              # of a chat template that writes it

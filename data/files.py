@@ -1,17 +1,17 @@
-"""Files of rows: read whatever their form, written whole.
+"""Files of rows: reading them in every usual form, and writing files whole.
 
     for source, row in read_rows(["pairs.jsonl", "more.json.gz"]): ...
     write_whole("scores.json", text)
 
 A file of rows is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
-pyarrow, imported here alone). What it is shows in its first bytes, not in its name. The place of a
-row, its source, is "file:line", or "file: item N" of an array or of parquet. Text is UTF-8, with or
-without a byte-order mark; another encoding, another archive and objects that are indented over
-several lines are refused as what they are.
+pyarrow, imported here alone). Its first bytes tell which, not its name. A row's source is its
+place: "file:line", or "file: item N" of an array or of parquet. Text is UTF-8, with or without a
+byte-order mark. What is no file of rows (another encoding, another archive, objects that are
+indented over several lines) is refused with its name and a command that converts it.
 
-A bad line (no JSON object, or one that its reader refuses) does not end the reading: the error at
-the end names the first ten and counts the others, so that a file is put right in one go; or bad
-lines are dropped and counted.
+A bad line (no JSON object, or one that its reader refuses) does not end the reading. The error at
+the end names the first ten and counts the others, so that a file can be put right in one go; or
+bad lines are dropped and counted.
 """
 import ctypes
 import gzip
@@ -30,18 +30,23 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-BAD_LINES_SHOWN = 10
+BAD_LINES_SHOWN = 10        # in the error; the others are counted
 LINES_PER_TASK = 256        # of a worker
-TASKS_PER_WORKER = 4        # given out and not yet done: what bounds the memory
+TASKS_PER_WORKER = 4        # handed out and not yet done; this bounds the memory
 
 HEAD = 1 << 20              # bytes that are looked at to tell what a file is
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NOT_ROWS = {                # first bytes of a file: what it is
-    b"\xff\xfe\x00\x00": "UTF-32 text", b"\x00\x00\xfe\xff": "UTF-32 text",
-    b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
-    b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive",
+    b"\xff\xfe\x00\x00": "UTF-32 text",     # before UTF-16, whose mark is the same two bytes
+    b"\x00\x00\xfe\xff": "UTF-32 text",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow stream",
 }
 
 
@@ -51,36 +56,51 @@ class Dropped(Exception):
 
 # --- rows -----------------------------------------------------------------------------------------
 
-def read_rows(files, use=lambda row, source: row, dropped=None, skip_bad_lines=None, workers=1):
+def read_rows(files, use=None, dropped=None, skip_bad_lines=None, workers=1):
     """Yields (source, use(row, source)) of the rows of files, in their order.
 
-    use may raise Dropped, which is counted in the Counter `dropped` by its reason, or ValueError: a
-    bad line. If there are any, a ValueError at the end names the first ten; skip_bad_lines=True
-    counts them in `dropped` instead (None: the caller has no such flag, and none is advised). A
-    file that is no file of rows is a ValueError at once. workers > 1: rows are parsed and used in
-    as many forked processes.
+    use: called with (row, source); None yields the rows themselves. It may raise Dropped, which is
+    counted in the Counter `dropped` by its reason, or ValueError, which makes a bad line.
+    skip_bad_lines: True counts bad lines in `dropped`. Otherwise a ValueError at the end names the
+    first ten, and advises the flag --skip_bad_lines unless this is None (the caller has no such
+    flag).
+    workers > 1: rows are parsed and used in as many forked processes.
+    A file that is no file of rows is a ValueError at once.
     """
-    items = itertools.chain.from_iterable(map(read_items, files))
+    if use is None:
+        use = _as_it_is
+    if dropped is None:
+        dropped = Counter()
+
+    # All items of all files one after the other, each with what became of it.
+    items = itertools.chain.from_iterable(read_items(file) for file in files)
     if workers > 1:
-        outcomes = _in_processes(use, items, workers)
+        outcomes = _outcomes_of_workers(use, items, workers)
     else:
         outcomes = ((source, _outcome(use, source, item)) for source, item in items)
-    dropped = Counter() if dropped is None else dropped
+
+    # Rows go out as they come; bad lines wait for the end.
     shown = []
     n_bad = 0
-    for source, result in outcomes:
-        if isinstance(result, Dropped):
-            dropped[str(result)] += 1
-        elif isinstance(result, ValueError):
+    for source, outcome in outcomes:
+        if isinstance(outcome, Dropped):
+            dropped[str(outcome)] += 1
+        elif isinstance(outcome, ValueError):
             n_bad += 1
             if n_bad <= BAD_LINES_SHOWN:
-                shown.append(str(result))
+                shown.append(str(outcome))
         else:
-            yield source, result
+            yield source, outcome
+
+    # The generator ends: tell or count the bad lines.
     if n_bad and skip_bad_lines:
         dropped[f"bad lines, the first {shown[0]}"] += n_bad
     elif n_bad:
         raise ValueError(_bad_lines(shown, n_bad, skip_bad_lines is not None))
+
+
+def _as_it_is(row, source):
+    return row
 
 
 def _bad_lines(shown, n_bad, may_skip):
@@ -105,7 +125,8 @@ def _outcome(use, source, item):
         return ValueError(f"{source}: {e}")
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:      # a mistake of ours, or a panic in a library, no Exception then
+    # A mistake of ours, or a panic in a library (of Rust), which is no Exception: name the row.
+    except BaseException as e:
         raise RuntimeError(f"{source}: {type(e).__name__}: {e}") from e
 
 
@@ -131,6 +152,7 @@ def parse_item(item):
             raise TypeError(f"expected a JSON object, found {row!r:.60}")
         _check_values(row, "")
     except UnicodeDecodeError as e:
+        # Told in the words of a text editor: bytes are counted from 1.
         raise ValueError(
             f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of "
             "the line); if it is Latin-1 or Windows-1252, convert the file: "
@@ -146,9 +168,9 @@ def parse_item(item):
 
 def _check_values(value, field):
     """ValueError that names the field of a row which holds half a surrogate pair, or a number that
-    is not finite."""
+    is not finite. Python's json reads both, but neither UTF-8 nor JSON has them."""
     if isinstance(value, str):
-        if not value.isascii():
+        if not value.isascii():     # which is fast, and mostly so
             try:
                 value.encode()
             except UnicodeEncodeError as e:
@@ -160,6 +182,7 @@ def _check_values(value, field):
         if not math.isfinite(value):
             raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected "
                              "text, a finite number or null")
+    # Containers: the field is spelled as in jq, a.b[0].
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_values(name, f"a name in {field or 'the row'}")
@@ -176,9 +199,12 @@ def read_items(path):
     ("file: item N", object) of an array or of parquet. ValueError if the file is none of them."""
     try:
         with _unpacked(path) as f:
+            # 1. What it is, by its first bytes.
             head = f.peek(HEAD)
             _refuse_other_kinds(path, head)
             start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+
+            # 2. Its items. JSON Lines are told by elimination: anything is a line, if a bad one.
             if head.startswith(b"PAR1"):
                 yield from _read_parquet(path)
             elif start.startswith(b"["):
@@ -188,6 +214,7 @@ def read_items(path):
                     f"{path}: JSON objects that are indented over several lines; expected an "
                     f"object a line (JSON Lines) or one array. Convert it: jq -c . {path} > NEW")
             else:
+                # A line of Windows ends with \r\n: to JSON, both are white space.
                 for number, line in enumerate(f, 1):
                     if number == 1:
                         line = line.removeprefix(BYTE_ORDER_MARK)
@@ -201,8 +228,9 @@ def read_items(path):
 
 def _unpacked(path):
     """A file opened past its compression, whose first HEAD bytes can be looked at."""
+    # The buffer is what peek() looks into.
     f = open(path, "rb", buffering=HEAD)
-    if f.peek(2).startswith(b"\x1f\x8b"):
+    if f.peek(2).startswith(b"\x1f\x8b"):       # gzip
         return io.BufferedReader(gzip.open(f), HEAD)
     return f
 
@@ -216,6 +244,7 @@ def _refuse_other_kinds(path, head):
             if "text" in kind:
                 advice = f"Convert it: iconv -f {kind.split()[0]} -t UTF-8 {path} > NEW"
             raise ValueError(f"{path}: {kind}; {expected}. {advice}")
+    # A bracket or a brace of UTF-16 has a zero byte beside it.
     if b"\x00" in head[:4]:
         raise ValueError(f"{path}: UTF-16 or UTF-32 text without a byte-order mark, or no text at "
                          f"all; {expected}. Convert it: iconv -f UTF-16LE -t UTF-8 {path} > NEW")
@@ -227,13 +256,14 @@ def _is_indented(start):
     try:
         found, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return False
+        return False        # a bad first line, or an object longer than HEAD
     return isinstance(found, dict) and "\n" in text[:end]
 
 
 def _read_array(path, content):
+    """Yields (source, item) of a JSON array, which can only be read whole."""
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))      # -sig: past a byte-order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
     except (ValueError, RecursionError) as e:
@@ -243,18 +273,20 @@ def _read_array(path, content):
 
 
 def _read_parquet(path):
+    """Yields (source, row) of a parquet file, with the values that its rows would have as JSON."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install "
                          "pyarrow, or save the rows as JSON Lines") from None
 
-    def as_text(value):                                 # dates and the like
+    def as_text(value):
         if isinstance(value, bytes):
-            raise ValueError(f"{path}: item {number} has a column of bytes, {value!r:.40}; expected "
-                             "text: cast the column to string")
-        return str(value)
+            raise ValueError(f"{path}: item {number} has a column of bytes, {value!r:.40}; "
+                             "expected text: cast the column to string")
+        return str(value)       # dates and the like
 
+    # Through JSON and back: a row is what it would be in a file of JSON Lines.
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
@@ -264,20 +296,25 @@ def _read_parquet(path):
 
 # --- forked workers -------------------------------------------------------------------------------
 
-def _in_processes(use, items, workers):
-    """Yields (source, outcome) of items in their order, from forked processes. `use` reaches them
-    in the memory that they are forked with: it is never pickled. ChildProcessError if one of them
-    dies."""
-    # The line at which each task is, -1 for none, in memory shared with the forked processes.
+def _outcomes_of_workers(use, items, workers):
+    """Yields (source, outcome) of items in their order, from forked processes.
+
+    `use` reaches them in the memory that they are forked with: it is never pickled.
+    ChildProcessError if one of them dies.
+    """
+    # For each task in hand the line at which its worker is, -1 for none. The memory is shared with
+    # the workers, so that it tells the line even of one that was killed.
     at_work = memoryview(mmap.mmap(-1, 8 * workers * TASKS_PER_WORKER)).cast("q")
-    running = deque()           # (lines, slot of at_work, future)
-    fork = multiprocessing.get_context("fork")
+    running = deque()           # (lines, slot of at_work, future) of tasks, the oldest first
+    fork = multiprocessing.get_context("fork")      # not every Python's default
     with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
         try:
             for number in itertools.count():
+                # Lines are read here, and tokenised by whoever is free.
                 lines = list(itertools.islice(items, LINES_PER_TASK))
                 if not lines:
                     break
+                # Every slot is taken: wait for the oldest task, which has the next slot.
                 if len(running) == len(at_work):
                     yield from _oldest_outcomes(running)
                 slot = number % len(at_work)
@@ -286,6 +323,7 @@ def _in_processes(use, items, workers):
             while running:
                 yield from _oldest_outcomes(running)
         except BrokenProcessPool:
+            # One of the lines that workers had in hand killed its worker.
             places = [lines[at_work[slot]][0] for lines, slot, _ in running if at_work[slot] >= 0]
             raise ChildProcessError(
                 f"a worker process died at {' or '.join(places) or 'its start'}: killed, perhaps "
@@ -294,28 +332,35 @@ def _in_processes(use, items, workers):
 
 
 def _oldest_outcomes(running):
-    """Waits for the oldest task, and takes it off once it is done."""
+    """(source, outcome) of each line of the oldest task, which is waited for."""
     lines, _, future = running[0]
     outcomes = future.result()
+    # Only now: if the worker dies, the task is among those that may have killed it.
     running.popleft()
-    return zip((source for source, _ in lines), outcomes)
+    sources = [source for source, _ in lines]
+    return zip(sources, outcomes)
 
 
 def _begin_worker(use, at_work, parent):
+    """Runs first in each worker."""
+    # What _work needs, as globals of this process.
     global _use, _at_work
     _use = use
     _at_work = at_work
+
     # Ctrl-C reaches all processes: the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)
+    # The parent may have died before that.
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _work(lines, slot):
+    """The outcomes of a task's lines, in a worker."""
     outcomes = []
     for i, (source, item) in enumerate(lines):
         _at_work[slot] = i
@@ -332,9 +377,11 @@ def written_whole(path):
     end; after an error there is nothing of it. So a file is whole or absent under its name,
     whenever the process is killed."""
     path = Path(path)
-    if path.exists() and not path.is_file():        # /dev/stdout
+    # Devices and pipes (/dev/stdout) cannot be replaced.
+    if path.exists() and not path.is_file():
         yield path
         return
+    # A link stays a link: what it points to is replaced.
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -355,5 +402,6 @@ def write_whole(path, text):
 def write_rows(path, rows):
     """Writes rows as JSON Lines, whole."""
     with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        # Text stays readable: no \u escapes for other alphabets.
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=f)

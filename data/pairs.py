@@ -1,14 +1,17 @@
 """Makes preference pairs of scored answers: to each prompt the best answer against the worst.
 
-    python data/pairs.py --input scored.jsonl --output pairs.jsonl
-    python data/pairs.py --input scored.jsonl --output pairs.jsonl --min_gap 0.01 --uncertainty 1
+    python -m data.pairs --input scored.jsonl --output pairs.jsonl
+    python -m data.pairs --input scored.jsonl --output pairs.jsonl --min_gap 0.01 --uncertainty 1
 
-The input is what data/score.py writes. train.py reads such files too, by the same rule but without these options.
-A line of the output is {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}. Only ties and small gaps are
-dropped here; empty, identical and too long answers are when train.py reads the pairs.
+Run it from the repository's root. The input is a file of scored answers, as the scoring command
+writes it. train.py reads such files too, by the same rule but without these options. A line of the
+output is {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}. Only ties and small
+gaps are dropped here; empty, identical and too long answers are dropped when train.py reads the
+pairs.
 
---uncertainty K takes K standard deviations between the scorers (of one answer's scores, as of a whole population) off
-its mean score, for best and worst alike: answers on which scorers disagree are chosen less often and rejected more.
+--uncertainty K lowers the mean score of an answer by K standard deviations between its scorers (of
+these scores as a whole population), for best and worst alike: answers on which scorers disagree are
+chosen less often and rejected more often.
 """
 import argparse
 import math
@@ -17,80 +20,142 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)   # the project's root and not data/, for its modules
-
 from data.dialogues import as_messages, same_turns
 from data.files import Dropped, read_rows, write_rows
-from data.preference import best_against_worst
-
-
-def cautious_scores(row, uncertainty):
-    """Of every answer the mean of its scores less `uncertainty` standard deviations. ValueError if malformed."""
-    scores, n = row.get("all_scorer_scores"), len(row.get("all_generated_responses", ()))
-    if not isinstance(scores, list) or len(scores) < 2:
-        raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for --uncertainty")
-    for i, one in enumerate(scores, 1):
-        fine = isinstance(one, list) and all(type(s) in (int, float) and math.isfinite(s) for s in one)
-        if not fine or len(one) != n:
-            raise ValueError(f"all_scorer_scores, scorer {i}; expected a list of {n} finite numbers, one an answer")
-    return [statistics.fmean(s) - uncertainty * statistics.pstdev(s) for s in zip(*scores)]
-
-
-def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
-    """The pair of one row of scored answers, as a dict. ValueError if malformed, Dropped if it is not to be used."""
-    if uncertainty:
-        row = row | {"all_rm_scores": cautious_scores(row, uncertainty)}
-    turns, best, worst = best_against_worst(row, as_it_stands)
-    answers, scores = row["all_generated_responses"], row["all_rm_scores"]
-    if scores[best] - scores[worst] < min_gap:
-        raise Dropped(f"gap under min_gap = {min_gap:g}")
-    # The prompt as it was given, unless columns (system, history) add to it: the pair holds none of them.
-    prompt = row["prompt"] if same_turns(as_messages(row["prompt"]), turns) else turns
-    return {"prompt": prompt, "chosen": answers[best], "rejected": answers[worst], "chosen_score": scores[best],
-            "rejected_score": scores[worst]}
+from data.preference import are_finite_numbers, best_against_worst
 
 
 def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_stands=False):
-    """(pairs, dropped) of a file of rows; dropped counts what was left out, by reason. ValueError names the bad lines."""
+    """(pairs, dropped) of a file of scored answers; `dropped` counts what was left out, by reason.
+
+    ValueError names the bad lines (skip_bad_lines: they are dropped and counted), or says that no
+    pair is left.
+    """
     def use(row, source):
         return make_pair(row, min_gap, uncertainty, as_it_stands)
 
+    # A bad line, or one that makes no pair, is dealt with in read_rows.
     dropped = Counter()
     pairs = [pair for _, pair in read_rows([path], use, dropped, skip_bad_lines)]
     if not pairs:
-        reasons = "; ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the file is empty"
-        raise ValueError(f"{path}: no pairs left to write ({reasons})")
+        reasons = [f"{n} {reason}" for reason, n in dropped.items()] or ["the file is empty"]
+        raise ValueError(f"{path}: no pairs left to write ({'; '.join(reasons)})")
     return pairs, dropped
 
 
+def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
+    """The pair of one row of scored answers, as a line to write.
+
+    ValueError if the row is malformed, Dropped for a tie or a gap of scores under min_gap.
+    """
+    # From here on the lowered scores are the scores of the answers (of a copy: the row stays).
+    if uncertainty:
+        row = row | {"all_rm_scores": cautious_scores(row, uncertainty)}
+    turns, best, worst = best_against_worst(row, as_it_stands)
+    answers = row["all_generated_responses"]
+    scores = row["all_rm_scores"]
+    if scores[best] - scores[worst] < min_gap:
+        raise Dropped(f"gap under min_gap = {min_gap:g}")
+
+    # The prompt stays as it was given, unless columns (system, history) add to it: the line that is
+    # written has no such columns.
+    prompt = row["prompt"]
+    if not same_turns(as_messages(prompt), turns):
+        prompt = turns
+    return {
+        "prompt": prompt,
+        "chosen": answers[best],
+        "rejected": answers[worst],
+        "chosen_score": scores[best],
+        "rejected_score": scores[worst],
+    }
+
+
+def cautious_scores(row, uncertainty):
+    """Of every answer of a row, the mean of its scores less `uncertainty` standard deviations.
+
+    The column all_scorer_scores holds a list for each scorer, with a score for each answer.
+    ValueError if it is malformed.
+    """
+    # The scoring command writes this column where it ran several scorers.
+    scores_by_scorer = row.get("all_scorer_scores")
+    n_answers = len(row.get("all_generated_responses", ()))
+    if not isinstance(scores_by_scorer, list) or len(scores_by_scorer) < 2:
+        raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for "
+                         "--uncertainty")
+    for i, scores in enumerate(scores_by_scorer, 1):
+        if not are_finite_numbers(scores) or len(scores) != n_answers:
+            raise ValueError(f"all_scorer_scores, scorer {i}; expected a list of {n_answers} "
+                             "finite numbers, one an answer")
+
+    # Nothing is rescaled: where the scales of scorers differ, so do their scores for any answer.
+    cautious = []
+    for scores in zip(*scores_by_scorer):       # all scores of one answer
+        spread = statistics.pstdev(scores)
+        cautious.append(statistics.fmean(scores) - uncertainty * spread)
+    return cautious
+
+
+# --- the command ----------------------------------------------------------------------------------
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input", required=True, help="file of scored answers, as data/score.py writes it")
+    # 1. Make all pairs before anything is written: a bad line leaves no file behind.
+    args = parse_args(argv)
+    pairs, dropped = make_pairs(
+        args.input, args.min_gap, args.uncertainty, args.skip_bad_lines, args.as_it_stands)
+    write_rows(args.output, pairs)
+
+    # 2. Say what was made of the file.
+    print(f"pairs    {len(pairs)} in {args.output}; {sum(dropped.values())} dropped")
+    for reason, n in dropped.most_common():
+        print(f"         - {n} dropped: {reason}")
+    print_means(pairs)
+
+
+def parse_args(argv):
+    """The checked flags. ValueError names one that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.pairs", description=__doc__.split("\n")[0])
+    parser.add_argument("--input", required=True, help="file of scored answers")
     parser.add_argument("--output", required=True, help="JSON Lines file of pairs to write")
-    parser.add_argument("--min_gap", type=float, default=0.0, help="drop pairs whose scores differ by less")
+    parser.add_argument("--min_gap", type=float, default=0.0,
+                        help="drop pairs whose scores differ by less")
     parser.add_argument("--uncertainty", type=float, default=0.0, metavar="K",
                         help="standard deviations between scorers that are taken off a score")
-    parser.add_argument("--skip_bad_lines", action="store_true", help="drop and count bad lines instead of stopping")
-    parser.add_argument("--as_it_stands", action="store_true", help="take prompts that are laid out already as they stand")
+    parser.add_argument("--skip_bad_lines", action="store_true",
+                        help="drop and count bad lines instead of stopping")
+    parser.add_argument("--as_it_stands", action="store_true",
+                        help="take prompts that are laid out already as they stand")
     args = parser.parse_args(argv)
+
+    # Errors of values are told as those of data are: in one line, without the usage.
     for name in ("min_gap", "uncertainty"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"{name} = {getattr(args, name)}; expected 0 or more")
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:       # false for nan too
+            raise ValueError(f"{name} = {value}; expected 0 or more")
     if Path(args.input).resolve() == Path(args.output).resolve():
         raise ValueError(f"{args.output}: input and output are one file; expected two")
+    return args
 
-    pairs, dropped = make_pairs(args.input, args.min_gap, args.uncertainty, args.skip_bad_lines,
-                                args.as_it_stands)
-    write_rows(args.output, pairs)
-    mean = statistics.fmean
-    chosen, rejected = (mean(p[f"{which}_score"] for p in pairs) for which in ("chosen", "rejected"))
-    print(f"pairs    {len(pairs)} in {args.output}; {sum(dropped.values())} dropped"
-          + "".join(f"\n         - {n} dropped: {reason}" for reason, n in dropped.most_common()))
-    print(f"scores   chosen {chosen:.4g} on average, rejected {rejected:.4g}, gap {chosen - rejected:.4g}")
-    print(f"lengths  chosen {mean(len(p['chosen']) for p in pairs):.0f} characters on average, rejected "
-          f"{mean(len(p['rejected']) for p in pairs):.0f}; chosen is the longer in "
-          f"{mean(len(p['chosen']) > len(p['rejected']) for p in pairs):.0%}")
+
+def print_means(pairs):
+    """Prints what the pairs prefer: higher scores, by how much, and, often, longer answers."""
+    # Means over the pairs.
+    chosen_score = statistics.fmean(pair["chosen_score"] for pair in pairs)
+    rejected_score = statistics.fmean(pair["rejected_score"] for pair in pairs)
+    print(f"scores   chosen {chosen_score:.4g} on average, rejected {rejected_score:.4g}, "
+          f"gap {chosen_score - rejected_score:.4g}")
+
+    # A scorer that likes long answers teaches the model to write them.
+    chosen_lengths = [len(pair["chosen"]) for pair in pairs]        # in characters
+    rejected_lengths = [len(pair["rejected"]) for pair in pairs]
+    n_longer = 0
+    for chosen, rejected in zip(chosen_lengths, rejected_lengths):
+        if chosen > rejected:
+            n_longer += 1
+    print(f"lengths  chosen {statistics.fmean(chosen_lengths):.0f} characters on average, rejected "
+          f"{statistics.fmean(rejected_lengths):.0f}; chosen is the longer in "
+          f"{n_longer / len(pairs):.0%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Files of prompts to answer and of the answers, in three shapes. What the prompts hold decides what is written:
+"""Files of prompts to answer, and files of the answers, in three shapes.
 
-    {"prompt": "..." or [turns], ...}            the same line with `all_generated_responses`, as JSON Lines
-    {"instruction": "...", "dataset": "..."}     AlpacaEval 2: a JSON array of dataset, instruction, output, generator
-    {"question_id": "...", "turns": [one turn]}  Arena-Hard (v0.1): its JSON Lines of answers, one choice a sample
+What the prompts hold decides what is written:
+
+    {"prompt": "..." or [turns], ...}            the same line with `all_generated_responses`
+    {"instruction": "...", "dataset": "..."}     AlpacaEval 2: a JSON array of its fields
+    {"question_id": "...", "turns": [one turn]}  Arena-Hard (v0.1): JSON Lines, a choice a sample
 
 Prompts are a file of rows (data/files.py). A row that is none of these is a bad line.
 """
@@ -14,62 +16,117 @@ from data.dialogues import as_messages, checked_turns, prompt_turns
 from data.files import Dropped, read_rows
 
 
+# --- prompts --------------------------------------------------------------------------------------
+
 def read_prompts(path, encode, dropped=None, skip_bad_lines=False, as_it_stands=False,
                  required_field=None):
-    """(shape, rows, prompts) of a file: one shape for all, objects as read, and encode(turns to be answered) of each.
-    Empty prompts are dropped and counted. ValueError names the bad lines; one that encode raises makes a bad line too.
-    required_field: a field without which a line is bad; "prompt" allows the first shape alone."""
-    shapes = {}         # the first one counts
+    """(shape, rows, prompts) of a file of prompts: the one shape of all rows ("responses",
+    "alpaca_eval" or "arena_hard"), the rows as they were read, and encode(turns) of each.
+
+    Empty prompts are dropped, and counted in the Counter `dropped`. ValueError names the bad lines
+    (skip_bad_lines: they are dropped and counted); a ValueError of encode makes a bad line too,
+    and so does a row without the required_field: "prompt" allows the first shape alone.
+    """
+    first_shape = None
 
     def prompt_to_answer(row, source):
+        nonlocal first_shape
         if required_field and row.get(required_field) is None:
             raise ValueError(f"no field {required_field}")
         shape, turns = prompt_of(row, as_it_stands)
         if not turns[-1]["content"].strip():
             raise Dropped("an empty prompt")
         prompt = encode(turns)
-        shapes.setdefault(shape)
-        first = next(iter(shapes))
-        if shape != first:
-            raise ValueError(f"of the shape {shape}; expected {first}, as before")
+        # The first good row decides what the file of answers looks like.
+        if first_shape is None:
+            first_shape = shape
+        if shape != first_shape:
+            raise ValueError(f"of the shape {shape}; expected {first_shape}, as before")
         return row, prompt
 
-    found = [pair for _, pair in read_rows([path], prompt_to_answer, dropped, skip_bad_lines)]
-    if not found:
+    # Without workers the rows are used here and in order, so that there is a first one.
+    rows = []
+    prompts = []
+    for _, (row, prompt) in read_rows([path], prompt_to_answer, dropped, skip_bad_lines):
+        rows.append(row)
+        prompts.append(prompt)
+    if not rows:
         raise ValueError(f"{path}: no prompts")
-    return next(iter(shapes)), [row for row, _ in found], [prompt for _, prompt in found]
+    return first_shape, rows, prompts
 
 
 def prompt_of(row, as_it_stands=False):
-    """(shape, turns to answer) of one object."""
+    """(shape, turns to answer) of one row. ValueError if it is malformed or of no known shape."""
+    # Our own shape goes first: its rows may hold any other column, which comes back as it was.
     if "prompt" in row:
         return "responses", prompt_turns(row, "prompt", as_it_stands)
+
     if isinstance(row.get("instruction"), str):
+        # Only the instruction comes back in the file of answers: an input would be lost.
         if row.get("input"):
-            raise ValueError("instruction with an input; expected all of the prompt in instruction, as in AlpacaEval")
+            raise ValueError("instruction with an input; expected all of the prompt in "
+                             "instruction, as in AlpacaEval")
         return "alpaca_eval", prompt_turns(row, "instruction", as_it_stands)
+
+    # Of Arena-Hard, version 0.1 alone: every question is one turn.
     if "question_id" in row and "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
             raise ValueError(f"turns is {turns!r:.80}; expected a list of one object, the question")
-        return "arena_hard", checked_turns(as_messages([{"role": "user"} | turns[0]], "turns"), "turns", as_it_stands)
-    raise ValueError(f"fields {sorted(row)}; expected prompt, or instruction (AlpacaEval), or question_id and turns "
-                     "(Arena-Hard)")
+        question = {"role": "user"} | turns[0]      # Arena-Hard names no role
+        messages = as_messages([question], "turns")
+        return "arena_hard", checked_turns(messages, "turns", as_it_stands)
 
+    raise ValueError(f"fields {sorted(row)}; expected prompt, or instruction (AlpacaEval), or "
+                     "question_id and turns (Arena-Hard)")
+
+
+# --- answers --------------------------------------------------------------------------------------
 
 def answers_text(shape, rows, answers, name):
-    """The text of a file of answers. answers: for each row a list of (text, number of tokens); name: the model's."""
+    """The text of a file of answers.
+
+    shape, rows: of read_prompts. answers: for each row a list of (text, number of tokens), one a
+    sample. name: the model's.
+    """
+    # 1. An object for each row.
+    lines = []
+    for row, samples in zip(rows, answers):
+        if shape == "responses":
+            texts = [text for text, _ in samples]
+            lines.append(row | {"all_generated_responses": texts})
+        elif shape == "alpaca_eval":
+            lines.append(_alpaca_eval_answer(row, samples, name))
+        else:
+            lines.append(_arena_hard_answer(row, samples, name))
+
+    # 2. AlpacaEval's judge reads one JSON array, Arena-Hard's and our own commands JSON Lines.
     if shape == "alpaca_eval":
-        kept = ({key: row[key] for key in ("dataset", "instruction") if key in row} for row in rows)
-        lines = [row | {"output": texts[0][0], "generator": name} for row, texts in zip(kept, answers)]
         return json.dumps(lines, indent=2, ensure_ascii=False) + "\n"
-    if shape == "responses":
-        lines = [row | {"all_generated_responses": [text for text, _ in texts]} for row, texts in zip(rows, answers)]
-    else:
-        lines = [{"question_id": row["question_id"],
-                  "answer_id": hashlib.sha256(f"{name} {row['question_id']}".encode()).hexdigest()[:22],
-                  "model_id": name,
-                  "choices": [{"index": i, "turns": [{"content": text, "token_len": n}]}
-                              for i, (text, n) in enumerate(texts)],
-                  "tstamp": time.time()} for row, texts in zip(rows, answers)]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _alpaca_eval_answer(row, samples, name):
+    """An object of AlpacaEval 2's model outputs. It has room for one answer: the first sample."""
+    line = {}
+    for field in ("dataset", "instruction"):
+        if field in row:
+            line[field] = row[field]
+    text, _ = samples[0]
+    return line | {"output": text, "generator": name}
+
+
+def _arena_hard_answer(row, samples, name):
+    """An object of Arena-Hard's model answers."""
+    choices = []
+    for i, (text, n_tokens) in enumerate(samples):
+        choices.append({"index": i, "turns": [{"content": text, "token_len": n_tokens}]})
+    # Arena-Hard draws ids at random; a hash is the same whenever the same model answers again.
+    answer_id = hashlib.sha256(f"{name} {row['question_id']}".encode()).hexdigest()[:22]
+    return {
+        "question_id": row["question_id"],
+        "answer_id": answer_id,
+        "model_id": name,
+        "choices": choices,
+        "tstamp": time.time(),      # when it was written, in seconds
+    }

@@ -159,14 +159,13 @@ def tokenising_fails(line, how):
 
 def save_gradients(config, path):
     """Losses and clipped gradients of the first 16 pairs, whole, to `path`."""
-    device = train.join_ranks(config)
+    device = train.join_ranks(config.timeout_minutes)
     model = train.load_sharded(config, device)
-    tokenizer = train.load_tokenizer(config.model)
-    chat = train.load_chat_format(config.model, tokenizer)
+    chat = train.load_chat(config.model)
     pairs = train.load_pairs(config.data, chat, config.max_length, config.max_prompt_length)[0][:16]
     world = torch.distributed.get_world_size()
     rows = train.pack(pairs, config.tokens_per_micro_batch, world)
-    results, _ = train.run_rows(model, rows, config, grad_scale=world / len(pairs))
+    results = train.run_rows(model, rows, config, grad_scale=world / len(pairs))
     norm = train.clip_gradients(model, config.max_grad_norm)
     whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t
     grads = {name: whole(p.grad) for name, p in model.named_parameters()}
@@ -176,7 +175,7 @@ def save_gradients(config, path):
 
 
 def load_and_save(config, path, shard_bytes):
-    device = train.join_ranks(config)
+    device = train.join_ranks(config.timeout_minutes)
     save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
     torch.distributed.destroy_process_group()
 
@@ -187,7 +186,7 @@ def peak_of_loading(config, path):
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return [int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
 
-    device = train.join_ranks(config)
+    device = train.join_ranks(config.timeout_minutes)
     torch.distributed.all_reduce(torch.zeros(1))        # connections have their buffers
     peak, done, before = [0, 0], threading.Event(), resident()
 
@@ -207,7 +206,7 @@ def peak_of_loading(config, path):
 
 def state_of_a_rank(config, path):
     """Bytes of weights, gradients and moments on this rank after a step."""
-    device = train.join_ranks(config)
+    device = train.join_ranks(config.timeout_minutes)
     model = train.load_sharded(config, device)
     optimizer = train.make_optimizer(model, config)
     for p in model.parameters():

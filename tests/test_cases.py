@@ -22,7 +22,8 @@ from data.preference import load_pairs
 from test_preference import LetterChat
 
 TINY = Path(train.__file__).parent / "data/tiny/model"
-PAIRS = [{"prompt": f"Sort these words: owl, moss {i}", "chosen": f"moss {i}, owl.", "rejected": "owl"} for i in range(12)]
+PAIRS = [{"prompt": f"Sort these words: owl, moss {i}", "chosen": f"moss {i}, owl.", "rejected": "owl"}
+         for i in range(12)]
 PROMPTS = [{"prompt": row["prompt"], "id": i} for i, row in enumerate(PAIRS)]
 ANSWERS = [row | {"all_generated_responses": ["moss, owl.", f"owl {i}"]} for i, row in enumerate(PROMPTS)]
 SCORED = [row | {"all_rm_scores": [i + 1.5, i]} for i, row in enumerate(ANSWERS)]
@@ -43,7 +44,8 @@ def run(tmp_path):
             found, run.dropped = train.tokenised_pairs(config, config.data, train.load_chat_format(TINY, tokenizer))
             return found
         if command == "generate":
-            generate.main(["--model", str(TINY), "--prompts", path, "--output", str(output), "--max_new_tokens", "3", *flags])
+            generate.main(["--model", str(TINY), "--prompts", path, "--output", str(output),
+                           "--max_new_tokens", "3", *flags])
         elif command == "score":
             score.main(["--input", path, "--output", str(output), "--judge", f"{tmp_path}/judge.py:length", *flags])
         else:
@@ -87,8 +89,10 @@ HALF = '{"note": "cut \\ud83d", '
 BAD = {"half a surrogate pair": (lambda row: HALF + json.dumps(row)[1:], "note holds half a surrogate pair"),
        "NaN": (lambda row: json.dumps(row | {"n": float("nan")}), "n is NaN"),
        "broken": (lambda row: json.dumps(row)[:-1], "not valid JSON"),
-       "laid out": (lambda row: row | {"prompt": "\n\nHuman: q\n\nAssistant:"}, "laid out already as a dialogue of Human"),
-       "templated": (lambda row: row | {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"}, "as ChatML"),
+       "laid out": (lambda row: row | {"prompt": "\n\nHuman: q\n\nAssistant:"},
+                    "laid out already as a dialogue of Human"),
+       "templated": (lambda row: row | {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"},
+                     "as ChatML"),
        "tools": (lambda row: row | {"tools": [{"type": "function"}]}, "the row has tools")}
 
 
@@ -159,12 +163,14 @@ def test_prompts_too_long_to_answer_are_told_before_anything_is_answered(run, tm
 def test_answers_too_long_to_score_are_told_before_anything_is_scored(run, tmp_path, capsys):
     shutil.copytree(TINY, tmp_path / "reward")
     tensors = load_file(TINY / "model.safetensors")
-    tensors = {name: w for name, w in tensors.items() if name != "lm_head.weight"} | {"score.weight": torch.ones(1, 128)}
+    tensors = ({name: w for name, w in tensors.items() if name != "lm_head.weight"}
+               | {"score.weight": torch.ones(1, 128)})
     save_file(tensors, tmp_path / "reward/model.safetensors", metadata={"format": "pt"})
-    rows = [row | {"all_generated_responses": ["yes", "word " * 600]} if row["id"] in (3, 5) else row for row in ANSWERS]
+    rows = [row | {"all_generated_responses": ["yes", "word " * 600]} if row["id"] in (3, 5) else row
+            for row in ANSWERS]
     path, flags = write(tmp_path / "rows.jsonl", rows), ("--reward_model", str(tmp_path / "reward"))
-    with pytest.raises(ValueError, match=r"2 bad lines:\n  .*rows.jsonl:4: prompt and answer 2 have \d+ tokens, more than "
-                                         r"the 512 positions of .*\n  .*rows.jsonl:6: "):
+    with pytest.raises(ValueError, match=r"2 bad lines:\n  .*rows.jsonl:4: prompt and answer 2 have \d+ tokens, more "
+                                         r"than the 512 positions of .*\n  .*rows.jsonl:6: "):
         run("score", path, *flags)
     assert not list(tmp_path.glob("out*"))
     assert [row["id"] for row in run("score", path, *flags, "--skip_bad_lines")] == [0, 1, 2, 4, *range(6, 12)]
@@ -181,14 +187,16 @@ def test_answers_that_differ_in_indentation_alone_are_not_identical(tmp_path):
                                             "rejected": f"return {i}"} for i in range(3)])
     kept, dropped = load_pairs([path], ChatThatStripsNothing(), 100, 100)
     assert len(kept) == 3 and kept[0].chosen.tolist() == [*b"    return 0\n\n", 3] and not dropped
-    with pytest.raises(ValueError, match="no pairs left to use .3 answers that differ only in white space, which the chat "):
+    with pytest.raises(ValueError, match="no pairs left to use .3 answers that differ only in white space, "
+                                         "which the chat "):
         load_pairs([path], LetterChat(), 100, 100)
 
 
 def test_prompts_that_repeat_never_stand_on_both_sides(tmp_path, capsys):
     rows = [row | {"chosen": f"{row['chosen']} {n}"} for row in PAIRS for n in range(3)]
-    config = train.parse_config(["--model", str(TINY), "--data", str(write(tmp_path / "rows.jsonl", rows)), "--eval_pairs", "7",
-                                 "--max_steps", "1", "--pairs_per_step", "2", "--output", str(tmp_path / "out")])
+    config = train.parse_config(["--model", str(TINY), "--data", str(write(tmp_path / "rows.jsonl", rows)),
+                                 "--eval_pairs", "7", "--max_steps", "1", "--pairs_per_step", "2",
+                                 "--output", str(tmp_path / "out")])
     train.main(dataclasses.replace(config, cache=""))
     shown = capsys.readouterr().out
     assert "6 pairs are held out, not 7: pairs of one prompt stay together" in shown
@@ -197,7 +205,8 @@ def test_prompts_that_repeat_never_stand_on_both_sides(tmp_path, capsys):
 
 def test_train_prints_what_it_dropped(tmp_path, capsys):
     rows = [row | {"rejected": None} if i == 3 else row for i, row in enumerate(PAIRS)]
-    argv = ["--model", str(TINY), "--data", str(write(tmp_path / "rows.jsonl", rows)), "--skip_bad_lines", "--max_steps", "1",
-            "--pairs_per_step", "2", "--output", str(tmp_path / "out")]
+    argv = ["--model", str(TINY), "--data", str(write(tmp_path / "rows.jsonl", rows)), "--skip_bad_lines",
+            "--max_steps", "1", "--pairs_per_step", "2", "--output", str(tmp_path / "out")]
     train.main(train.parse_config(argv))
-    assert f"1 dropped: bad lines, the first {tmp_path}/rows.jsonl:4: rejected is None; expected" in capsys.readouterr().out
+    assert (f"1 dropped: bad lines, the first {tmp_path}/rows.jsonl:4: rejected is None; expected"
+            in capsys.readouterr().out)

@@ -48,7 +48,8 @@ def test_a_system_column_goes_before_a_dialogue_inside_the_answers_and_before_sc
 
 @pytest.mark.parametrize("columns, message", [
     ({"prompt": "q", "system": 3}, "system is 3; expected a string"),
-    ({"prompt": dialogue("q", system="t"), "system": "s"}, "system is 's', and the prompt begins with the system turn 't'"),
+    ({"prompt": dialogue("q", system="t"), "system": "s"},
+     "system is 's', and the prompt begins with the system turn 't'"),
     ({"prompt": "q", "history": "a"}, "history is 'a'; expected a list of .user, assistant. pairs"),
     ({"prompt": "q", "history": [["a"]]}, "history is"), ({"prompt": "q", "history": [["a", None]]}, "history is"),
     ({"prompt": dialogue("q"), "history": [["a", "b"]]}, "history is .* beside a prompt that is a string"),
@@ -68,10 +69,12 @@ CALL = [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]
     ({"chat_template_kwargs": {"enable_thinking": False}}, "the row has chat_template_kwargs"),
     ({"prompt": [turn("user", "q"), turn("assistant", None) | {"tool_calls": CALL}, turn("tool", "12:00")]},
      "a turn of prompt has tool_calls"),
-    ({"prompt": [turn("user", "q"), turn("assistant", "a"), turn("tool", "12:00")]}, "prompt has a turn of the role 'tool'"),
+    ({"prompt": [turn("user", "q"), turn("assistant", "a"), turn("tool", "12:00")]},
+     "prompt has a turn of the role 'tool'"),
     ({"prompt": [turn("function", "q")]}, "prompt has a turn of the role 'function'"),
     ({"chosen": [turn("assistant", "") | {"tool_calls": CALL}]}, "a turn of chosen has tool_calls"),
-    ({"rejected": [turn("assistant", "b") | {"reasoning_content": "Dark."}]}, "a turn of rejected has reasoning_content"),
+    ({"rejected": [turn("assistant", "b") | {"reasoning_content": "Dark."}]},
+     "a turn of rejected has reasoning_content"),
     ({"rejected": [turn("assistant", "b") | {"thinking": "Dark."}]}, "a turn of rejected has thinking"),
     ({"prompt": [turn("user", [{"type": "image"}, {"type": "text", "text": "q"}])]},
      "prompt has a turn whose content is a list of parts")], ids=str)
@@ -91,9 +94,11 @@ LAID_OUT = {
     "ChatML, one turn that is not closed": "<|im_start|>user\nq",
     "ChatML after a line": "Template:\n<|im_start|>user\nq<|im_end|>",
     "Llama-3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
-    "Llama-2": "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nq [/INST]", "Mistral": "[INST] q [/INST] a</s>[INST] r [/INST]",
+    "Llama-2": "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nq [/INST]",
+    "Mistral": "[INST] q [/INST] a</s>[INST] r [/INST]",
     "Zephyr": "<|system|>\nBe kind.</s>\n<|user|>\nq</s>\n<|assistant|>\n", "Tulu": "<|user|>\nq\n<|assistant|>\n",
-    "Phi-3": "<|user|>\nq<|end|>\n<|assistant|>\n", "Gemma": "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n",
+    "Phi-3": "<|user|>\nq<|end|>\n<|assistant|>\n",
+    "Gemma": "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n",
     "DeepSeek": "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜>",
     "HH": "\n\nHuman: q\n\nAssistant:", "HH dialogue": "Human: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b",
     "Alpaca": "Below is an instruction.\n\n### Instruction:\nq\n\n### Response:\n",
@@ -105,7 +110,8 @@ def test_text_that_is_laid_out_already_is_recognised_in_every_field(name):
     text, layout = LAID_OUT[name], name.split(",")[0].split()[0]
     for row, field in (({"prompt": text}, "prompt"), ({"prompt": [turn("user", text)]}, "prompt"),
                        ({"system": text}, "prompt"), ({"instruction": text, "prompt": None}, "instruction"),
-                       ({"history": [["a", text]]}, "prompt"), ({"chosen": text}, "chosen"), ({"rejected": text}, "rejected")):
+                       ({"history": [["a", text]]}, "prompt"), ({"chosen": text}, "chosen"),
+                       ({"rejected": text}, "rejected")):
         with pytest.raises(ValueError, match=f"{field} is laid out already as .*{layout}.* --as_it_stands"):
             parse_row({"prompt": "q"} | ANSWERS | row)
     prompt, *_ = parse_row({"prompt": text} | ANSWERS, as_it_stands=True)
@@ -116,7 +122,8 @@ def test_text_that_is_laid_out_already_is_recognised_in_every_field(name):
     "What does <|im_end|> mean?", "Why does my model write <|im_start|>user again and again?",
     "<|im_start|> and <|im_end|>: what are they?", "Is [INST] one token?", "[INST] shows up in the answer. Why?",
     "Explain [INST] and [/INST] to me.", "Does Llama-3 end a turn with <|eot_id|> or <|end_of_text|>?",
-    "What is <|start_header_id|>?", "<start_of_turn> is Gemma's mark.", "Is it <|user|> or <|assistant|>?", "<s>old</s>",
+    "What is <|start_header_id|>?", "<start_of_turn> is Gemma's mark.", "Is it <|user|> or <|assistant|>?",
+    "<s>old</s>",
     "Human: a novel. Who wrote it?", "Act as an Assistant:\nHuman: hi", "### Instruction: is a heading of Alpaca's.",
     "In the USER: field, what do I write?", "a <b and c> d, 1 < 2 | 3 > 2"])
 def test_a_mention_of_a_mark_is_no_layout(text):
@@ -127,7 +134,8 @@ def test_a_mention_of_a_mark_is_no_layout(text):
 def test_end_marks_behind_both_answers_are_refused_and_a_mention_is_not():
     with pytest.raises(ValueError, match="chosen and rejected end with <.im_end.>; expected bare text"):
         parse_row({"prompt": "q", "chosen": "good.<|im_end|>", "rejected": "bad<|im_end|>\n"})
-    for chosen, rejected in (("It is </s>", "</s>, I think"), ("It is </s>", "Llama ends with </s>"), ("a</s>", "b<|end|>")):
+    for chosen, rejected in (("It is </s>", "</s>, I think"), ("It is </s>", "Llama ends with </s>"),
+                             ("a</s>", "b<|end|>")):
         assert parse_row({"prompt": "q", "chosen": chosen, "rejected": rejected})[1:] == (chosen, rejected)
     row = {"prompt": "q", "chosen": "good.</s>", "rejected": "bad</s>"}
     assert parse_row(row, as_it_stands=True)[1:] == ("good.</s>", "bad</s>")

@@ -43,7 +43,8 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and the rest")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="rows.parquet: a parquet file, which only pyarrow can read; pip install pyarrow"):
+    with pytest.raises(ValueError, match="rows.parquet: a parquet file, which only pyarrow can read; "
+                                         "pip install pyarrow"):
         list(read_rows([path]))
 
     class ParquetFile:
@@ -86,8 +87,10 @@ def test_what_is_no_file_of_rows_is_refused_as_what_it_is(content, message, skip
 
 @pytest.mark.parametrize("line, message", [
     (b'{"a": "cut \\ud83d"}', r"a holds half a surrogate pair \('\\ud83d' at character 5\); expected whole characters"),
-    (b'{"a": [{"b": ["x", "\\udc4b"]}]}', r"a\[0\].b\[1\] holds half"), (b'{"a": {"\\ud83d": 1}}', "a name in a holds half"),
-    (b'{"a": NaN}', "a is NaN, which JSON does not have; expected text"), (b'{"a": [1, -Infinity]}', r"a\[1\] is -Infinity"),
+    (b'{"a": [{"b": ["x", "\\udc4b"]}]}', r"a\[0\].b\[1\] holds half"),
+    (b'{"a": {"\\ud83d": 1}}', "a name in a holds half"),
+    (b'{"a": NaN}', "a is NaN, which JSON does not have; expected text"),
+    (b'{"a": [1, -Infinity]}', r"a\[1\] is -Infinity"),
     (b'{"a": 1e999}', "a is Infinity"), (b'{"a": "\xe9"}', "cannot be read as UTF-8 text .byte 0xe9 at byte 8"),
     (b'["a"]', r"expected a JSON object, found \['a'\]"), (b'{"a": 1', "not valid JSON"), (b"{} {}", "not valid JSON"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
@@ -120,8 +123,8 @@ def test_all_bad_lines_are_told_at_once_or_dropped_and_counted(workers, tmp_path
     found = list(read_rows([tmp_path / "rows.jsonl"], halves, dropped, skip_bad_lines=True, workers=workers))
     assert [value * 2 for _, value in found] == [n for n in range(1, 1001) if n % 3 and n % 5]
     assert found[-1] == (f"{tmp_path}/rows.jsonl:998", 499)
-    assert dropped == {"a multiple of 5": 134, f"bad lines, the first {tmp_path}/rows.jsonl:3: n is 3; expected no multiple "
-                       "of 3": 333}
+    assert dropped == {"a multiple of 5": 134,
+                       f"bad lines, the first {tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3": 333}
 
 
 def test_a_mistake_of_ours_names_the_row_and_is_no_bad_line(tmp_path):

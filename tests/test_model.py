@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import cpu
 import model as model_py
 from alphapo import alphapo_loss, average_logps
 from make_golden import CASES, GOLDEN, ROWS, SMALL, TOKENS, transformers_checkpoint, write_checkpoint
-from model import ModelConfig, TargetLogps, causal_attention, load_model, read_config, save_model
+from model import (ModelConfig, TargetLogps, causal_attention, load_model, read_config, save_model, target_logps,
+                   target_logps_backward)
 
 GOLDEN = json.loads(GOLDEN.read_text())
 
@@ -46,6 +48,17 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def copy_of(folders, tmp_path):
     return lambda case: shutil.copytree(folders[case], tmp_path / case)
+
+
+@pytest.fixture(params=["plain", "cpu.py"])
+def load(request):
+    """load_model: model.py alone, and with the kernels that train.py gives it on CPUs."""
+    def load(folder, dtype=torch.float32):
+        model = load_model(folder, dtype)
+        if request.param == "cpu.py":
+            cpu.speed_up(model)
+        return model
+    return load
 
 
 def transformers_model(folder):
@@ -75,13 +88,13 @@ def spell_as_transformers4(folder):
 
 @pytest.mark.parametrize("spelling", [4, 5])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case, spelling, copy_of):
+def test_logits_equal_transformers(case, spelling, copy_of, load):
     folder = copy_of(case)
     if spelling == 4:
         spell_as_transformers4(folder)
     with torch.no_grad():
         expected = transformers_model(folder)(TOKENS[None]).logits[0]
-        error = (load_model(folder)(TOKENS) - expected).abs().max()
+        error = (load(folder)(TOKENS) - expected).abs().max()
     assert 0.5 < expected.std() < 2 and error <= 1e-5
 
 
@@ -137,8 +150,8 @@ def alone(logits, row, lengths):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_pairs_equal_each_sequence_alone_in_any_order(case, dtype, tolerance, folders):
-    model = load_model(folders[case], dtype)
+def test_packed_pairs_equal_each_sequence_alone_in_any_order(case, dtype, tolerance, folders, load):
+    model = load(folders[case], dtype)
     with torch.no_grad():
         expected = [alone(model, row, lengths) for row, lengths in zip(ROW, PAIRS)]
         for order in list(permutations(range(len(PAIRS))))[::17]:
@@ -148,8 +161,8 @@ def test_packed_pairs_equal_each_sequence_alone_in_any_order(case, dtype, tolera
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_packed_pairs_equal_transformers(case, folders):
-    model, oracle = load_model(folders[case]), transformers_model(folders[case])
+def test_packed_pairs_equal_transformers(case, folders, load):
+    model, oracle = load(folders[case]), transformers_model(folders[case])
     with torch.no_grad():
         expected = [alone(lambda tokens: oracle(tokens[None]).logits[0], *pair) for pair in zip(ROW, PAIRS)]
         logps = model.response_logps(torch.cat(ROW), PAIRS)
@@ -193,8 +206,8 @@ PACKINGS = [[[0, 1, 2, 3, 4]], [[4], [3], [2], [1], [0]], [[3, 1], [4, 0, 2]]]
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("case", ["mistral", "llama32", "qwen2", "qwen3"])
-def test_gradient_of_a_step_is_the_same_for_every_packing(case, dtype, tolerance, recompute, folders):
-    model = load_model(folders[case], dtype)
+def test_gradient_of_a_step_is_the_same_for_every_packing(case, dtype, tolerance, recompute, folders, load):
+    model = load(folders[case], dtype)
     expected = gradients(model, losses_alone(model))
     model.recompute = recompute
     for packs in PACKINGS:
@@ -202,8 +215,8 @@ def test_gradient_of_a_step_is_the_same_for_every_packing(case, dtype, tolerance
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_of_a_step_equals_transformers(case, folders):
-    model, oracle = load_model(folders[case]), transformers_model(folders[case])
+def test_gradient_of_a_step_equals_transformers(case, folders, load):
+    model, oracle = load(folders[case]), transformers_model(folders[case])
     expected = gradients(oracle, losses_alone(lambda tokens: oracle(tokens[None]).logits[0]))
     assert largest_difference(gradients(model, packed_losses(model, PACKINGS[2])), expected) <= 5e-5
 
@@ -218,14 +231,15 @@ def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, f
     assert len(seen) == runs * SMALL["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("attention", [causal_attention, cpu.blocked_attention])
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 300, 1000])
 @pytest.mark.parametrize("Tq, Tk", [(1, 1), (1, 300), (128, 128), (129, 129), (300, 300), (200, 333), (256, 257)])
-def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window):
+def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window, attention):
     """Texts of more queries than are computed at once, and windows that begin before, within and after those."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda T, heads: torch.randn(T, heads, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     q, k, v = inputs = draw(Tq, 4), draw(Tk, 2), draw(Tk, 2)
-    out = causal_attention(q, k, v, window)
+    out = attention(q, k, v, window)
     distance = torch.arange(Tk - Tq, Tk)[:, None] - torch.arange(Tk)               # (Tq, Tk)
     seen = (distance >= 0) & (distance < (window or Tk))
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / 4**0.5
@@ -236,72 +250,19 @@ def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("attention", [causal_attention, cpu.blocked_attention])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_to_long_texts_keeps_its_dtype(dtype):
+def test_attention_to_long_texts_keeps_its_dtype(dtype, attention):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(T, heads, 8, generator=generator).to(dtype) for T, heads in ((150, 4), (200, 2), (200, 2)))
-    out = causal_attention(q, k, v, 90)
+    out = attention(q, k, v, 90)
     assert out.dtype == dtype
-    exact = causal_attention(q.double(), k.double(), v.double(), 90)
+    exact = attention(q.double(), k.double(), v.double(), 90)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps)
-
-
-# --- matrix products, embedding ---------------------------------------------------------------------------------------
-
-@pytest.fixture(params=[True, False], ids=["onednn", "pytorch"])
-def onednn(request, monkeypatch):
-    """Products by oneDNN, if this machine has what it needs, and by PyTorch."""
-    monkeypatch.setattr(model_py, "ONEDNN", model_py.ONEDNN and request.param)
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_equal_to_rounding(found, exact):
-    assert found.shape == exact.shape
-    assert (found - exact).norm() <= 1e-6 * exact.norm()
-
-
-@pytest.mark.parametrize("n, k, m", [(1, 7, 5), (33, 64, 20), (33, 20, 64), (500, 96, 300)])
-def test_products_equal_those_in_float64(n, k, m, onednn):
-    a, b, c = normal(n, k), normal(m, k, seed=1), normal(n, m, seed=2)
-    wide = [x.double() for x in (a, b, c)]
-    assert_equal_to_rounding(model_py.product(a, b), wide[0] @ wide[1].T)
-    assert_equal_to_rounding(model_py.product(a, b.T.contiguous().T), wide[0] @ wide[1].T)
-    assert_equal_to_rounding(model_py.outer(a, c), wide[0].T @ wide[2])
-    for x, y in ((a, c), (c, a)):
-        total = normal(x.shape[1], y.shape[1])
-        exact = total.double() + x.double().T @ y.double()
-        assert model_py.add_outer(total, x, y) is total
-        assert_equal_to_rounding(total, exact)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_equals_nn_linear_in_value_and_gradients(bias, onednn):
-    ours, plain = model_py.Linear(20, 64, bias=bias), torch.nn.Linear(20, 64, bias=bias).double()
-    plain.load_state_dict(ours.state_dict())
-    x, grad = normal(33, 20).requires_grad_(), normal(33, 64, seed=1)
-    wide = x.detach().double().requires_grad_()
-    y, expected = ours(x), plain(wide)
-    assert_equal_to_rounding(y, expected)
-    y.backward(grad)
-    expected.backward(grad.double())
-    assert_equal_to_rounding(x.grad, wide.grad)
-    for p, q in zip(ours.parameters(), plain.parameters()):
-        assert_equal_to_rounding(p.grad, q.grad)
-
-
-def test_the_gradient_of_an_embedding_is_added_up_over_tokens_and_rows():
-    ours, plain = model_py.Embedding(11, 4), torch.nn.Embedding(11, 4)
-    plain.load_state_dict(ours.state_dict())
-    for i, tokens in enumerate((torch.tensor([3, 5, 3, 3]), torch.tensor([5, 9]))):
-        for embedding in (ours, plain):
-            x = embedding(tokens)
-            assert torch.equal(x, ours.weight[tokens])
-            x.backward(normal(len(tokens), 4, seed=i))
-        torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
-    assert not torch.equal(ours.weight.grad[9], torch.zeros(4))
 
 
 # --- the vocabulary head ----------------------------------------------------------------------------------------------
@@ -357,18 +318,16 @@ def test_the_head_adds_the_gradient_of_all_groups_as_autograd_has_it(blocks, fol
     expected = sum(loss(i, group) for i, group in enumerate(model.token_logps(states, targets).split(sizes)))
     (0.5 * expected).backward()
     weight, by_autograd = model.head_weight, (states.grad, model.head_weight.grad)
-    weight.grad = torch.ones_like(weight)       # what an earlier row left
-    values = []
-
-    def noted(i, logps):
-        values.append(loss(i, logps))
-        return values[-1]
-
-    assert model.run_head(states, targets, sizes, noted) is None and torch.equal(weight.grad, torch.ones_like(weight))
+    grad_weight = torch.ones_like(weight)       # what an earlier row left
+    values, grad_states = [], []
+    for i, (some, ids) in enumerate(zip(states.split(sizes), targets.split(sizes))):
+        logps, *kept = target_logps(some, weight, ids, keep=True)
+        values.append(loss(i, logps.requires_grad_()))
+        (grad,) = torch.autograd.grad(0.5 * values[-1], logps)
+        grad_states.append(target_logps_backward(grad, some, weight, ids, *kept, grad_weight))
     assert sum(values).item() == pytest.approx(expected.item(), rel=1e-5)
-    grad_states = model.run_head(states, targets, sizes, noted, grad_scale=0.5)
-    torch.testing.assert_close(grad_states, by_autograd[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(weight.grad - 1, by_autograd[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(grad_states), by_autograd[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(grad_weight - 1, by_autograd[1], rtol=0, atol=1e-5)
 
 
 def test_a_retained_graph_gives_the_same_gradient_again(blocks):
@@ -429,6 +388,7 @@ class LogitsAlive(TorchDispatchMode):
 @pytest.mark.parametrize("widths, kept", [([17] * 5 + [16], 0), ([34, 34, 33], 0), ([34, 34, 33], 1), ([34, 34, 33], 3)])
 def test_a_block_of_logits_exists_at_once_and_those_that_are_kept(widths, kept, folders, monkeypatch):
     model, n = load_model(folders["llama32"]), sum(C + R for _, C, R in PAIRS)      # a vocabulary of 101
+    cpu.speed_up(model)         # PyTorch's lower-right mask cannot be watched
     limit_logits(widths[0] * n, widths[0] * n * kept, monkeypatch)
     with LogitsAlive(n, widths) as watch:
         gradients(model, packed_losses(model, [range(len(PAIRS))]))
@@ -744,6 +704,20 @@ def test_save_in_fp32_keeps_what_bf16_would_round_away(source, tmp_path):
     saved = stored_weights(tmp_path / "saved")
     for name, p in model.state_dict().items():
         assert saved[name].dtype == torch.float32 and torch.equal(saved[name], p)
+
+
+# --- as PyTorch users expect -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", ["llama2", "llama32"])         # llama32 is tied
+def test_autograd_grad_after_a_backward_pass_works_and_changes_no_gradient(case, folders):
+    model = load_model(folders[case])
+    parameters = list(model.parameters())
+    (row,), (lengths,) = ROW[:1], PAIRS[:1]
+    loss = lambda: model.response_logps(row, [lengths]).sum()
+    loss().backward()
+    before = [p.grad.clone() for p in parameters]
+    grads = torch.autograd.grad(loss(), parameters)
+    assert all(map(torch.equal, grads, before)) and all(torch.equal(p.grad, g) for p, g in zip(parameters, before))
 
 
 # --- the file by itself -----------------------------------------------------------------------------------------------

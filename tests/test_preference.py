@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack, parse_row,
-                             read_kept_pairs)
+from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
+                             parse_row, read_kept_pairs)
 
 
 class LetterChat:
@@ -44,7 +44,8 @@ SHAPES = {
     "prompt string and in the lists": {"prompt": "q", "chosen": [user("q"), assistant("good")],
                                        "rejected": [user("q"), assistant("bad")]},
     "prompt in the lists alone": {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
-    "scored responses": {"prompt": "q", "all_generated_responses": ["so", "bad", "good"], "all_rm_scores": [0.1, -2, 0.3]},
+    "scored responses": {"prompt": "q", "all_generated_responses": ["so", "bad", "good"],
+                         "all_rm_scores": [0.1, -2, 0.3]},
     "SimPO's published sets": {"prompt_id": "x", "prompt": "q", "all_generated_responses": ["bad", "good"],
                                "all_rm_scores": [0, 1], "chosen": [user("q"), assistant("good")],
                                "rejected": [user("q"), assistant("bad")]},
@@ -76,7 +77,8 @@ def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
-    assert dropped == {"answers that differ only in white space, which the chat format strips": 1, "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
+    assert dropped == {"answers that differ only in white space, which the chat format strips": 1,
+                       "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
                        "prompt with response over max_length = 100": 1, "all scores equal": 1}
 
 
@@ -92,8 +94,10 @@ BAD_ROWS = {
     "chosen is None": {"prompt": "q", "chosen": None, "rejected": "b"},
     "rejected is 7": {"prompt": "q", "chosen": "a", "rejected": 7},
     "chosen ends with a turn of 'user'": {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
-    "chosen and rejected differ before": {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},
-    "field prompt differs": {"prompt": "r", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+    "chosen and rejected differ before": {"chosen": [user("q"), assistant("a")],
+                                          "rejected": [user("r"), assistant("b")]},
+    "field prompt differs": {"prompt": "r", "chosen": [user("q"), assistant("a")],
+                             "rejected": [user("q"), assistant("b")]},
     "user last": {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
     "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
     "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
@@ -124,7 +128,8 @@ def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
 
 
 def test_many_workers_and_what_is_kept_give_the_same_pairs(tmp_path, capsys):
-    rows = [{"prompt": f"question {i}", "chosen": f"good {i}" * (i % 5 + 1), "rejected": "bad" if i % 7 else f"good {i}"}
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}" * (i % 5 + 1),
+             "rejected": "bad" if i % 7 else f"good {i}"}
             for i in range(1000)]
     rows += [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 3
     for name, part in (("a.jsonl", rows[:600]), ("b: c.jsonl", rows[600:])):

@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import cpu
+import plan
 import ranks
 import train
-from distributed import kept_per_token
 from model import ModelConfig, Transformer, load_model, read_config, save_model
 from ranks import Ranks, run_ranks
 from small import random_pairs
@@ -499,8 +500,7 @@ def test_a_killed_rank_leaves_no_tokenising_worker_behind(data, tmp_path):
 
 
 def _lines_of_step(data, indices):
-    tokenizer = train.load_tokenizer(MODEL)
-    pairs = train.load_pairs([data], train.load_chat_format(MODEL, tokenizer), 2048, 1800)[0]
+    pairs = train.load_pairs([data], train.load_chat(MODEL), 2048, 1800)[0]
     pairs, _ = train.hold_out(pairs, 5, seed=0)
     return [int(pairs[i].source.rsplit(":")[-1]) for i in indices]
 
@@ -693,8 +693,30 @@ def test_the_plan_counts_the_state_of_each_rank_exactly(data, tmp_path, capsys):
     held = [json.loads((tmp_path / f"state-{rank}.json").read_text()) for rank in (0, 1)]
     n = sum(p.numel() for p in load_model(MODEL).parameters())
     assert sum(held) == 16 * n and max(held) == min(held)
-    train.plan(config(data, "", plan="2"))
+    plan.plan(plan.parse_args(["--model", str(MODEL), "--gpus", "2"]))
     assert re.search(rf"\n +2 +{16 * n / 2 / 1e9:.1f} ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--gpus", "8"], "model is needed"), (["--model", "m", "--gpus", "0"], r"gpus = \[0\]"),
+    (["--model", "m", "--max_length", "0"], "max_length = 0; expected a positive number"),
+    (["absent.toml"], "absent.toml: cannot be read as a TOML recipe")])
+def test_a_plan_that_cannot_be_made_is_an_error_that_names_the_flag(argv, message):
+    with pytest.raises(ValueError, match=message):
+        plan.parse_args(argv)
+
+
+def test_the_plan_has_the_defaults_of_training_and_reads_its_recipes(tmp_path):
+    args = plan.parse_args(["--model", "m"])
+    defaults = train.TrainConfig()
+    assert all(getattr(args, name) == getattr(defaults, name) for name in (*plan.NUMBERS, *plan.SWITCHES))
+    (tmp_path / "r.toml").write_text('model = "m"\nmax_length = 99\nrecompute = true\nbeta = 2.5\n')
+    args = plan.parse_args([str(tmp_path / "r.toml"), "--pairs_per_step", "8"])
+    assert (args.model, args.max_length, args.recompute, args.pairs_per_step) == (f"{tmp_path}/m", 99, True, 8)
+    assert not plan.parse_args([str(tmp_path / "r.toml"), "--no-recompute"]).recompute
+    (tmp_path / "r.toml").write_text("recompute = 1\n")
+    with pytest.raises(ValueError, match="r.toml: recompute = 1; expected bool"):
+        plan.parse_args([str(tmp_path / "r.toml")])
 
 
 SYNC = "--sync_every_micro_batch"
@@ -715,7 +737,7 @@ def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
     readme = (ROOT / "README.md").read_text()
     row = readme.index(f"| {name}")
     for way in ways:
-        train.start(["--model", str(tmp_path), "--recompute", "--plan", *way])
+        plan.plan(plan.parse_args(["--model", str(tmp_path), "--recompute", *way]))
         totals = [line.split()[6] for line in capsys.readouterr().out.splitlines()[2:]]
         cells = readme[row:].split("\n", 1)[0].split("|")[2:5]
         assert [float(cell) for cell in cells] == [round(float(total)) for total in totals]
@@ -727,6 +749,7 @@ def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
     c = ModelConfig(vocab_size=60, dim=256, n_layers=3, n_heads=4, n_kv_heads=1, head_dim=64, hidden_dim=896,
                     norm_eps=1e-5, rope_theta=1e4, max_positions=4096)
     model, (row,), storages = Transformer(c), train.pack(random_pairs([lengths] * 3), 10**6), {}
+    cpu.speed_up(model)         # keeps of a norm what CUDA's kernel keeps
 
     def keep(t):
         storages[t.untyped_storage().data_ptr()] = t
@@ -736,7 +759,7 @@ def test_the_plan_estimates_what_is_kept_for_the_backward_pass(lengths):
     for p in model.parameters():
         storages.pop(p.data_ptr(), None)
     kept = sum(t.untyped_storage().nbytes() for t in storages.values()) / 4 / len(row.tokens)
-    assert kept == pytest.approx(kept_per_token(c, recompute=False), rel=0.15)
+    assert kept == pytest.approx(plan.kept_per_token(c, recompute=False), rel=0.15)
 
 
 def test_weights_are_fp32_so_that_a_step_at_a_small_learning_rate_moves_them(data, tmp_path):

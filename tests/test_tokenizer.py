@@ -29,8 +29,8 @@ from tokenizer import BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceToken
 # --- generated dialogues ----------------------------------------------------------------------------------------------
 
 WORDS = ["the", "Hello", "don't", "WE'LL", "naïve", "straße", "привет", "γειά", "שלום", "مرحبا", "नमस्ते", "你好世界",
-         "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678", "3.14", "x_1", "...", "?!", "—",
-         "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20",
+         "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678",
+         "3.14", "x_1", "...", "?!", "—", "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20",
          "{'k': [1, 2]}", "\\n", "\u200b"]
 SPACES = [" ", " ", " ", "", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"]
 CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]",
@@ -456,7 +456,8 @@ def test_a_template_that_writes_a_token_without_an_id_is_refused(tokenizers, tmp
 
 def test_files_that_give_a_token_different_ids_are_refused(folders, tmp_path):
     shutil.copytree(folders["smollm2"], tmp_path / "m")
-    write_settings(tmp_path / "m", CHATML_TEMPLATE, added_tokens_decoder={"77": {"content": "<|im_end|>", "special": True}})
+    write_settings(tmp_path / "m", CHATML_TEMPLATE,
+                   added_tokens_decoder={"77": {"content": "<|im_end|>", "special": True}})
     refuse(tmp_path / "m", "'<|im_end|>' has the id 2 in one file and 77 in another")
 
 
@@ -763,7 +764,8 @@ def test_a_symbol_of_the_sentencepiece_model_that_is_a_control_token_stays_text_
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=trained, model_type="bpe", vocab_size=1200, byte_fallback=True,
-        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2)
+        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2)
     (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
     special = {str(i): {"content": name, "special": True} for i, name in ((3, "<|im_start|>"), (4, "<|im_end|>"))}
     chat = template_chat(tmp_path, None, CHATML_TEMPLATE, added_tokens_decoder=special)
@@ -828,7 +830,8 @@ def test_tiktoken_ranks_with_a_bad_line_are_refused(tmp_path, last_line):
 
 def test_tokenizer_py_can_be_copied_alone_and_needs_few_libraries(tmp_path):
     copy = shutil.copy(tokenizer_module.__file__, tmp_path)
-    subprocess.run([sys.executable, "-I", copy, "--help"], cwd=tmp_path, check=True)      # -I: sys.path holds no folder of ours
+    # -I: sys.path holds no folder of ours.
+    subprocess.run([sys.executable, "-I", copy, "--help"], cwd=tmp_path, check=True)
     nodes = list(ast.walk(ast.parse(Path(copy).read_text(encoding="utf-8"))))
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]

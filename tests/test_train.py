@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import train
 from data.preference import load_pairs, pack
-from distributed import claim_output, join_ranks
+from checkpoint import claim_output
+from distributed import join_ranks
 from model import load_model
 from small import random_pairs, sequence_logp, small_model
-from tokenizer import load_chat_format, load_tokenizer
-from train import TrainConfig, learning_rate, main, make_optimizer, parse_config, reference_logps, resolve_config, run_row
+from tokenizer import load_chat
+from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, parse_config,
+                   reference_logps, resolve_config, run_row)
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
@@ -45,7 +47,7 @@ def metrics_of_run(output):
 @pytest.fixture
 def one_rank():
     """A process group of this process, as main makes for itself."""
-    join_ranks(config_of())
+    join_ranks(timeout_minutes=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -92,7 +94,7 @@ def test_losses_and_gradients_of_a_step_do_not_depend_on_packing_or_accumulation
             model.zero_grad()
             for row in pack(order, budget):
                 results = run_row(model, row, config, grad_scale=1 / len(pairs))
-                for pair, loss in zip(row.pairs, results[:, 0].tolist()):
+                for pair, loss in zip(row.pairs, results[:, LOSS].tolist()):
                     assert loss == pytest.approx(expected_loss[pair.source], rel=1e-10)
             for p, grad in zip(model.parameters(), expected):
                 assert (p.grad - grad).norm() <= 1e-10 * grad.norm()
@@ -147,8 +149,8 @@ def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
     set_reference(model, pairs, config)
     (row,) = pack(pairs, 10**4)
     scores = run_row(model, row, config, grad_scale=1.0)
-    assert scores[:, 0].tolist() == pytest.approx([math.log(2)] * len(pairs), rel=1e-12)
-    assert scores[:, 1:3].abs().max() < 1e-12
+    assert scores[:, LOSS].tolist() == pytest.approx([math.log(2)] * len(pairs), rel=1e-12)
+    assert scores[:, [CHOSEN_REWARD, REJECTED_REWARD]].abs().max() < 1e-12
 
 
 # --- schedule and optimiser -----------------------------------------------------------------------------------------
@@ -174,10 +176,11 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
 
 def test_without_arguments_it_is_the_tiny_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    claim = lambda output, config: claim_output(output, config.method, config.resume, restarted=False)
     config = parse_config([])
-    assert Path(config.model).resolve() == TINY / "model" and claim_output(config, False) == Path("runs/alphapo-001")
+    assert Path(config.model).resolve() == TINY / "model" and claim("", config) == Path("runs/alphapo-001")
     assert (config.alpha, config.beta, config.gamma_beta_ratio) == (0.25, 2.5, 0.1)
-    assert claim_output(parse_config(["--seed", "3"]), False) == Path("runs/alphapo-002")
+    assert claim("", parse_config(["--seed", "3"])) == Path("runs/alphapo-002")
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
@@ -210,7 +213,7 @@ def test_a_bad_recipe_is_an_error_that_names_file_and_key(toml, message, tmp_pat
     ("--save_dtype int8", "save_dtype = 'int8'"), ("--seed -1", "seed = -1"), ("--judge j.py:f", "judge needs"),
     ("--learning_rate inf", "learning_rate = inf"), ("--weight_dtype bfloat16", "weight_dtype = 'bfloat16'"),
     ("--compute_dtype float8", "compute_dtype = 'float8'"), ("--keep_last -1", "keep_last = -1"),
-    ("--timeout_minutes 0", "timeout_minutes = 0"), ("--plan 0", "plan = [0]"), ("--epochs 1.5", "--epochs: invalid int")])
+    ("--timeout_minutes 0", "timeout_minutes = 0"), ("--epochs 1.5", "--epochs: invalid int")])
 def test_a_bad_flag_is_an_error_that_names_it(flags, message):
     with pytest.raises(ValueError) as error:
         parse_config(["--model", "m", "--data", "d", *flags.split()])
@@ -261,8 +264,7 @@ def test_a_run_logs_every_step_and_evaluates_before_and_after(run):
 def test_the_first_training_loss_is_that_of_the_starting_model_by_hand(run):
     output, _ = run
     config = tiny_config("unused")
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    chat = load_chat_format(config.model, tokenizer)
+    model, chat = load_model(config.model), load_chat(config.model)
     pairs, _ = load_pairs(config.data, chat, config.max_length, config.max_prompt_length)
     pairs, held_out = train.hold_out(pairs, config.eval_pairs, config.seed)
     step = train.epoch_steps(len(pairs), config.pairs_per_step, config.seed, 0)[0]
