@@ -29,9 +29,9 @@ def alphapo_reward(logps, *, alpha, beta):
     if alpha == 0:
         return beta * logps
 
-    # 1 - exp(x) loses its digits as x -> 0 (in float32 it is 5 % off at alpha = 1e-6); expm1 keeps
-    # them. For x < -1 it is the other way round: autograd computes the derivative of expm1(x) as
-    # expm1(x) + 1, which cancels there, while that of exp(x) is exp(x) itself.
+    # exp(x) - 1 loses its digits as x -> 0 (in float32 it is 5 % off at alpha = 1e-6); expm1(x)
+    # keeps them. For x < -1 it is the other way round: autograd computes the derivative of expm1(x)
+    # as expm1(x) + 1, which cancels there, while that of exp(x) is exp(x) itself.
     x = -alpha * logps
     exp_minus_1 = torch.where(x < -1, x.exp() - 1, x.expm1())
     return -beta * exp_minus_1 / alpha
@@ -52,7 +52,8 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio)
         d loss / d chosen_logps   = -sigmoid(-m) * beta * exp(-alpha * chosen_logps)
         d loss / d rejected_logps = +sigmoid(-m) * beta * exp(-alpha * rejected_logps)
 
-    so alpha > 0 pushes unlikely responses harder than likely ones, and alpha < 0 less hard.
+    so alpha = 0 pushes both alike, alpha > 0 pushes the less likely response harder, and alpha < 0
+    the more likely one.
     """
     _check_same_shape(chosen_logps, rejected_logps)
     chosen_rewards = alphapo_reward(chosen_logps, alpha=alpha, beta=beta)
@@ -68,9 +69,9 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio)
 def average_logps(token_logps, lengths):
     """The mean log-prob per token of each response: what the reward is a function of.
 
-    token_logps: (R,) log-probs of the tokens of N responses laid end to end, without padding. The
+    token_logps: (N,) log-probs of the tokens of B responses laid end to end, without padding. The
     end-of-turn token of a response is one of its tokens.
-    lengths: N ints that add up to R. Returns (N,) in float64.
+    lengths: B ints that add up to N. Returns (B,) in float64.
 
     In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
     """

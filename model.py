@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -303,11 +302,13 @@ def causal_attention(q, k, v, window=None):
 
 
 def _full_attention(q, k, v):
-    """Flash kernels: no mask in memory."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    mask = causal_lower_right(Tq, Tk) if Tq < Tk else None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    """Flash kernels: no mask in memory. Their is_causal lets the first query see the first key, so
+    the queries before ours are filled in with zeros, and what comes of these is left out."""
+    absent = k.shape[2] - q.shape[2]
+    q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out[:, :, absent:]                                                   # (1, H, Tq, D)
 
 
 def _window_attention(q, k, v, window):

@@ -84,7 +84,7 @@ class JudgeScorer:
 
 class ScalarReward(Transformer):
     """A Transformer whose head is one number: `score.weight` (1, dim)."""
-    handled = ("num_labels",)       # fields of config.json that model.py does not know
+    handled = ("num_labels",)       # fields of config.json that are handled here
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head

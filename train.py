@@ -710,8 +710,8 @@ def report_data(run, dropped):
     n_rows = len(pack(pairs[:config.pairs_per_step], config.tokens_per_micro_batch, world))
     mean = statistics.mean(map(len, pairs))
     epoch = math.ceil(len(pairs) / config.pairs_per_step)
-    print(f"batch    {config.pairs_per_step} pairs a step of {mean:.0f} tokens on average, in rows of "
-          f"at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a "
+    print(f"batch    {config.pairs_per_step} pairs a step of {mean:.0f} tokens on average, in rows "
+          f"of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a "
           f"rank); {config.epochs} epochs of {epoch} steps; {len(run.steps)} steps in all")
 
 

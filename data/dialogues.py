@@ -13,8 +13,8 @@ field's converters read them (an empty or null one counts as absent):
     history                 [[user, assistant], ...]: the turns before a prompt that is a string
     instruction and input   one prompt, an empty line between them (Alpaca's sets)
 
-A row is refused, with a ValueError, where turns of text cannot hold what it says (tools, images),
-and where its text is laid out already by some chat format, as the model's own goes around it.
+A row is refused with a ValueError if turns of text cannot hold what it says (tools, images), or if
+some chat format has laid out its text already: the model's own would go around that.
 """
 import re
 
@@ -26,7 +26,7 @@ PROMPT_FIELDS = ("prompt", "instruction", "question")
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning",
             "thinking", "images", "image", "videos", "video", "audios", "audio",
             "chat_template_kwargs")
-TOOL_ROLES = ("tool", "function", "ipython")
+TOOL_ROLES = ("tool", "function", "ipython")        # of turns that hold what a tool returned
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -48,15 +48,18 @@ def prompt_and_answers(row, as_it_stands=False):
     column of PROMPT_FIELDS, inside both dialogues, or in both places. ValueError if the row is
     malformed, contradicts itself, or is laid out already (unless as_it_stands).
     """
+    # 1. The answers, and what comes before them in dialogues.
     _refuse_more_than_text(row, "the row")
     before_chosen, chosen = _split_answer(row["chosen"], "chosen", as_it_stands)
     before_rejected, rejected = _split_answer(row["rejected"], "rejected", as_it_stands)
     if not same_turns(before_chosen, before_rejected):
         raise ValueError("chosen and rejected differ before their last turn; expected one prompt "
                          "for both")
+
+    # 2. The prompt of both.
     prompt = _prompt_of_pair(row, before_chosen, as_it_stands)
 
-    # An end mark behind one answer may be what the answer is about; behind both it is a layout.
+    # 3. An end mark behind one answer may be what the answer is about; behind both it is a layout.
     mark = _end_mark(chosen)
     if mark and mark == _end_mark(rejected) and not as_it_stands:
         raise ValueError(f"chosen and rejected end with {mark}; expected bare text, for the "
@@ -131,6 +134,7 @@ def _with_input(row, field):
             # Alpaca's two columns. An input of white space alone is none.
             if text.strip():
                 prompt = f"{prompt}\n\n{text}"
+        # Some sets have the parts of their prompt beside the whole of it.
         elif not isinstance(text, str) or text.strip() not in str(prompt):
             raise ValueError(f"{name} is {text!r:.60} beside {field}; expected all of the prompt "
                              f"in {field}, or in instruction and input as strings")
@@ -166,6 +170,7 @@ def _with_system(turns, row):
     if system is not None and not isinstance(system, str):
         raise ValueError(f"system is {system!r:.80}; expected a string, the text of the system "
                          "turn")
+    # An empty text is no system turn.
     if not system or not system.strip():
         return turns
     if turns[0]["role"] != "system":
@@ -182,6 +187,7 @@ def _with_system(turns, row):
 def as_messages(prompt, field="prompt"):
     """A prompt as a list of turns: a string is one user turn. ValueError if it is malformed, or
     more than text."""
+    # The short way to write a dialogue of one turn.
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:

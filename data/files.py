@@ -105,6 +105,7 @@ def _as_it_is(row, source):
 
 def _bad_lines(shown, n_bad, may_skip):
     """The message about n_bad bad lines, of which some are shown."""
+    # A single one is told on one line, as any other error.
     if n_bad == 1:
         advice = "; put it right, or drop and count such lines with --skip_bad_lines"
         return shown[0] + (advice if may_skip else "")
@@ -146,6 +147,7 @@ def parse_line(source, line):
 def parse_item(item):
     """The row of a line (bytes), or of an item that is parsed already. ValueError unless it is an
     object of whole characters and finite numbers."""
+    # Items of arrays and of parquet are objects already.
     try:
         row = json.loads(item.decode()) if isinstance(item, bytes) else item
         if not isinstance(row, dict):
@@ -310,7 +312,7 @@ def _outcomes_of_workers(use, items, workers):
     with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
         try:
             for number in itertools.count():
-                # Lines are read here, and tokenised by whoever is free.
+                # Lines are read in this process; a free worker gets a task of them.
                 lines = list(itertools.islice(items, LINES_PER_TASK))
                 if not lines:
                     break

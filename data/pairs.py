@@ -54,6 +54,8 @@ def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
     turns, best, worst = best_against_worst(row, as_it_stands)
     answers = row["all_generated_responses"]
     scores = row["all_rm_scores"]
+
+    # Scores are noisy: a small gap may prefer the worse answer.
     if scores[best] - scores[worst] < min_gap:
         raise Dropped(f"gap under min_gap = {min_gap:g}")
 

@@ -174,6 +174,7 @@ def load_pairs(files, chat, max_length, max_prompt_length, workers=1, skip_bad_l
         return encode_pair(row, source, chat=chat, max_length=max_length,
                            max_prompt_length=max_prompt_length, as_it_stands=as_it_stands)
 
+    # Large data takes minutes: a line now and then says how far it is.
     pairs = []
     dropped = Counter()
     start = time.time()

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from data.files import write_rows, write_whole, written_whole
 from data.preference import PreferencePair, pack
 from data.tiny.judge import score
-from generate import answer
 from model import Transformer, load_model, read_config
-from tokenizer import load_chat_format, load_tokenizer
+from sampler import answer
+from tokenizer import load_chat
 
 HERE = Path(__file__).parent
 
@@ -185,8 +185,7 @@ def main(steps=2000, n_pairs=2048, n_held_out=256):
     # 1. The tokenizer, and a model with random weights.
     make_tokenizer(folder, rng)
     write_configs(folder)
-    tokenizer = load_tokenizer(folder)
-    chat = load_chat_format(folder, tokenizer)
+    chat = load_chat(folder)
     model = Transformer(read_config(folder))
     for p in model.parameters():
         if p.ndim == 2:         # matrices; norms stay at 1
