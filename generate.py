@@ -247,6 +247,7 @@ def describe_plan(job, todo):
 def join_parts(job, name):
     """Writes the output from the parts, removes them, and says how many answers were cut short or
     read otherwise. name: the model's, for the files of AlpacaEval and Arena-Hard. Rank 0 only."""
+    max_new_tokens = job.settings["max_new_tokens"]
     answers = [None] * len(job.prompts)     # of each prompt, (text, number of tokens) of each
     n_answers = 0
     n_cut = 0           # ended by max_new_tokens
@@ -254,15 +255,17 @@ def join_parts(job, name):
     for b, batch in enumerate(job.batches):
         part = json.loads(job.part(b).read_text())
         for i, some in zip(batch, part):
-            some = [Answer(*fields) for fields in some]
-            answers[i] = [(a.text, a.n_tokens) for a in some]
-            n_answers += len(some)
-            n_cut += sum(a.n_tokens == job.settings["max_new_tokens"] for a in some)
-            n_other += sum(not a.encodes_back for a in some)
+            answers[i] = []
+            for fields in some:
+                kept = Answer(*fields)
+                answers[i].append((kept.text, kept.n_tokens))
+                n_answers += 1
+                n_cut += kept.n_tokens == max_new_tokens
+                n_other += not kept.encodes_back
     write_whole(job.output, answers_text(job.shape, job.rows, answers, name))
     shutil.rmtree(job.parts)
     say(f"written  {job.output}; {n_cut} of {n_answers} answers did not come to their end within "
-        f"max_new_tokens = {job.settings['max_new_tokens']}; {n_other} encode to other tokens "
+        f"max_new_tokens = {max_new_tokens}; {n_other} encode to other tokens "
         "than were sampled, which read the same, and are trained on as those")
 
 
