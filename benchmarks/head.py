@@ -1,81 +1,133 @@
 """The vocabulary head alone, with its gradient: ours against Liger-Kernel's chunked SimPO loss.
 
     pip install -r benchmarks/requirements.txt && pip install --no-deps liger-kernel==0.8.5
-    python benchmarks/head.py --output benchmarks/head.json
+    python -m benchmarks.head
 
-The same random hidden states, pairs and weight. Liger takes padded rows of prompt and response, a pair at a time, and projects
-all of their positions; ours takes the states that predict response tokens. Both without torch.compile. SimPO (alpha = 0),
-which is what Liger has. Processes and turns as in step.py.
+The same random hidden states, pairs and weight. Liger takes padded rows of prompt and response, a
+pair at a time, and projects all of their positions; ours takes the states that predict response
+tokens. Both without torch.compile. The loss is SimPO's, which is what Liger has. Processes and
+turns as in step.py. Of cpu.py ours has the matrix products, which are all that it does for a head.
 """
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import cpu
+from alphapo import average_logps, simpo_loss
+from benchmarks.lengths import pair_lengths
+from benchmarks.workers import WARM_UP, Turns, Worker, machine
+from model import target_logps, target_logps_backward
 
-import step
-from lengths import pair_lengths
-
-BETA, GAMMA_BETA_RATIO = 2.5, 0.1
+BETA = 2.5
+GAMMA_BETA_RATIO = 0.1
 
 
 def states_and_weight(vocab, width, lengths):
-    """Hidden states of each sequence, prompt and response, (P + C, width) and (P + R, width), and the weight."""
+    """Random hidden states of the two sequences of each pair, (P + C, width) and (P + R, width);
+    their target tokens, (C,) and (R,); and the weight of the head, (vocab, width)."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    sequences = [(draw(P + C, width), draw(P + R, width)) for P, C, R in lengths]
-    targets = [(torch.randint(vocab, (C,), generator=generator), torch.randint(vocab, (R,), generator=generator))
-               for P, C, R in lengths]
-    return sequences, targets, draw(vocab, width) / width**0.5
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def draw_tokens(n):
+        return torch.randint(vocab, (n,), generator=generator)
+
+    states = [(draw(P + C, width), draw(P + R, width)) for P, C, R in lengths]
+    targets = [(draw_tokens(C), draw_tokens(R)) for _, C, R in lengths]
+    return states, targets, draw(vocab, width) / width**0.5
 
 
 def ours(vocab, width, lengths):
-    from alphapo import average_logps, simpo_loss
-    from model import Transformer
+    """The loss of each step of the head as train.run_row has it."""
+    cpu.multiply_by_onednn()
     sequences, targets, weight = states_and_weight(vocab, width, lengths)
-    states = torch.cat([s[P - 1:-1] for (P, _, _), pair in zip(lengths, sequences) for s in pair])
-    targets = torch.cat([t for pair in targets for t in pair])
-    del sequences
-    weight.requires_grad_()
-
-    def loss(i, logps):
-        chosen, rejected = average_logps(logps, lengths[i][1:]).split(1)
-        losses.append(simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)[0].sum() / len(lengths))
-        return losses[-1]
-    head, sizes = SimpleNamespace(head_weight=weight), [C + R for _, C, R in lengths]
+    predicting = []
+    for (P, _, _), pair in zip(lengths, sequences):
+        predicting += [sequence[P - 1:-1] for sequence in pair]
+    states = torch.cat(predicting)                                              # (N, width)
+    targets = torch.cat([tokens for pair in targets for tokens in pair])        # (N,)
+    del sequences, predicting
     while True:
-        losses = []
-        Transformer.run_head(head, states, targets, sizes, loss, 1.0)
-        weight.grad = None                      # before the next step's memory is measured
-        yield sum(losses).item()
+        yield head_step(states, weight, targets, lengths)
+
+
+def head_step(states, weight, targets, lengths):
+    """The mean loss of pairs, with the gradients of states (N, width) and weight (V, width)."""
+    grad_states = torch.empty_like(states)
+    grad_weight = torch.zeros_like(weight)
+    total = 0.0
+    end = 0
+    for _, C, R in lengths:
+        start = end
+        end = start + C + R
+        head = states[start:end], weight, targets[start:end]
+        logps, logsumexp, blocks = target_logps(*head, keep=True)               # (C + R,)
+        logps.requires_grad_()
+        chosen, rejected = average_logps(logps, (C, R)).split(1)
+        losses, *_ = simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
+        loss = losses.sum() / len(lengths)
+        (grad,) = torch.autograd.grad(loss, logps)
+        grad_states[start:end] = target_logps_backward(grad, *head, logsumexp, blocks, grad_weight)
+        del blocks                  # the logits of one pair alone exist at once
+        total += loss.item()
+    return total
 
 
 def liger(vocab, width, lengths):
+    """The loss of each step of Liger-Kernel's head."""
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
     sequences, targets, weight = states_and_weight(vocab, width, lengths)
     longest = max(P + max(C, R) for P, C, R in lengths)
+    # Rows of all chosen sequences, then of all rejected ones.
     states = torch.zeros(2 * len(lengths), longest - 1, width)
     labels = torch.full((2 * len(lengths), longest - 1), -100)
-    for side in (0, 1):
-        for i, (P, C, R) in enumerate(lengths):
-            row, n = side * len(lengths) + i, (C, R)[side]
+    for i, (P, C, R) in enumerate(lengths):
+        for side, n in enumerate((C, R)):
+            row = side * len(lengths) + i
             states[row, :P + n - 1] = sequences[i][side][:-1]
             labels[row, P - 1:P + n - 1] = targets[i][side]
     del sequences
     states.requires_grad_()
     weight.requires_grad_()
-    head = LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=False)
+    head = LigerFusedLinearSimPOLoss(
+        beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=False)
     while True:
         total = head(weight, states, labels)[0]
         total.backward()
-        states.grad = weight.grad = None        # before the next step's memory is measured
+        states.grad = None                      # before the next step's memory is measured
+        weight.grad = None
         yield total.item()
+
+
+WAYS = {"ours": ours, "liger": liger}
+
+
+def measure(vocab, args):
+    """The figures of one vocabulary, as a dict."""
+    flags = ["--vocab", vocab, "--width", args.width, "--pairs", args.pairs,
+             "--max_length", args.max_length, "--rounds", args.rounds]
+    workers = {way: Worker("benchmarks.head", "--serve", way, *flags) for way in WAYS}
+    losses = {way: worker.take_step()["loss"] for way, worker in workers.items()}
+    # The peak above the weight's gradient, which both allocate in each step.
+    gradient = 4 * vocab * args.width
+    peaks = {way: worker.take_step()["peak"] - gradient for way, worker in workers.items()}
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append({way: worker.take_step() for way, worker in workers.items()})
+    for worker in workers.values():
+        worker.kill()
+    ratios = [r["liger"]["seconds"] / r["ours"]["seconds"] for r in rounds]
+    return {
+        "vocabulary": vocab,
+        "first_losses": losses,
+        "liger_times_as_long": statistics.median(ratios),
+        "peak_bytes": peaks,
+        "rounds": rounds,
+    }
 
 
 def main():
@@ -86,31 +138,22 @@ def main():
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", default="benchmarks/head.json")
-    parser.add_argument("--serve", help="a way; used by this program itself")
+    parser.add_argument("--serve", choices=WAYS, help="used by this program itself")
     args = parser.parse_args()
     lengths = pair_lengths(args.pairs, max_length=args.max_length)
     if args.serve:
-        step.answers, sys.stdout = sys.stdout, sys.stderr
-        return step.serve({"ours": ours, "liger": liger}[args.serve](args.vocab[0], args.width, lengths), args.rounds + step.WARM_UP)
-    results = step.machine() | {"arguments": vars(args), "lengths": lengths, "vocabularies": []}
+        way = WAYS[args.serve](args.vocab[0], args.width, lengths)
+        return Turns().serve(way, args.rounds + WARM_UP)
+
+    results = machine() | {"arguments": vars(args), "lengths": lengths, "vocabularies": []}
     for vocab in args.vocab:
-        job = ["--vocab", str(vocab), "--width", str(args.width), "--pairs", str(args.pairs), "--max_length",
-               str(args.max_length), "--rounds", str(args.rounds)]
-        workers = {way: step.Worker([__file__, *job, "--serve", way]) for way in ("ours", "liger")}
-        losses = {way: worker.take_step()["loss"] for way, worker in workers.items()}
-        peaks = {way: worker.take_step()["peak"] - 4 * vocab * args.width for way, worker in workers.items()}
-        rounds = [{way: worker.take_step() for way, worker in workers.items()} for _ in range(args.rounds)]
-        for worker in workers.values():
-            worker.kill()
-        results["vocabularies"].append({
-            "vocabulary": vocab, "first_losses": losses,
-            "liger_times_as_long": statistics.median(r["liger"]["seconds"] / r["ours"]["seconds"] for r in rounds),
-            "peak_bytes": peaks, "rounds": rounds})
-        r = results["vocabularies"][-1]
+        r = measure(vocab, args)
+        results["vocabularies"].append(r)
         Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-        print(f"vocabulary {vocab}: Liger takes {r['liger_times_as_long']:.2f} times as long; peak above the weight and its "
-              f"gradient " + ", ".join(f"{way} {peak / 1e6:.0f} MB" for way, peak in r["peak_bytes"].items())
-              + f"; losses {losses}", flush=True)
+        peaks = [f"{way} {peak / 1e6:.0f} MB" for way, peak in r["peak_bytes"].items()]
+        print(f"vocabulary {vocab}: ours is {r['liger_times_as_long']:.2f} times as fast as Liger; "
+              f"peak above the weight and its gradient {', '.join(peaks)}; "
+              f"losses {r['first_losses']}", flush=True)
 
 
 if __name__ == "__main__":

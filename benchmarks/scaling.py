@@ -1,59 +1,69 @@
-"""How the cost of a step grows with the length of pairs, their number and the width of the model; what sharing prompts gains.
+"""How the cost of a step grows with the length of pairs, their number and the width of the model;
+and what prefix sharing gains.
 
-    python benchmarks/scaling.py                # five minutes on 2 cores
+    python -m benchmarks.scaling                # five minutes on 2 cores
 
-Forward and backward passes of train.py on random tokens, fp32, in one process. Settings take turns, so that a machine whose
-speed drifts slows all of them; medians over rounds.
+Forward and backward passes of train.py on random tokens, fp32, in one process. Settings take turns,
+so that a machine whose speed drifts slows all of them; figures are medians over rounds.
 
-length   time per token, attention's (measured alone) taken out: should not depend on the length of a pair
+length   time per token, less attention's (measured alone): should not depend on the length
 pairs    time per pair: should not depend on how many there are in a step
 width    share of the machine's matmul rate: should not fall as the model grows
-sharing  packing with the prompt twice against packing with shared prompts. By the count of tokens alone the gain would be
-         (2r + 2) / (r + 2), with r prompt tokens for each token of a response; the vocabulary head gains nothing.
+sharing  rows that hold the prompt twice, against shared prompts. By the count of tokens alone the
+         gain would be (2r + 2) / (r + 2), with r prompt tokens for each token of a response; the
+         vocabulary head gains nothing.
 """
 import argparse
 import json
-import statistics
-import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
+import cpu
+from alphapo import average_logps
+from benchmarks.lengths import pair_lengths
+from benchmarks.step import matmul_rate, useful_flops
+from benchmarks.workers import machine
 from data.preference import PreferencePair, pack
-from distributed import join_ranks, reuse_memory
-from lengths import pair_lengths
-from model import ModelConfig, Transformer, causal_attention, pair_attention
-from step import machine, matmul_rate, useful_flops
-from train import TrainConfig, resolve_config, run_rows
+from distributed import join_ranks
+from model import ModelConfig, Transformer, pair_attention, target_logps, target_logps_backward
+from train import TrainConfig, pair_loss, resolve_config, run_rows
 
 CONFIG = resolve_config(TrainConfig(model="-", data=["-"]))
+ONE_ROW = 10**6         # tokens a row that hold all pairs of a step
 
 
-def random_model(width=512, layers=8, vocab=32000):
+# --- models, pairs and what is timed --------------------------------------------------------------
+
+def model_config(width=512, layers=8, vocab=32000):
+    return ModelConfig(
+        vocab_size=vocab, dim=width, n_layers=layers, n_heads=width // 64,
+        n_kv_heads=max(1, width // 256), head_dim=64, hidden_dim=width * 11 // 4, norm_eps=1e-5,
+        rope_theta=1e4, max_positions=8192)
+
+
+def random_model(**sizes):
+    """A model with random weights, as train.py has it on CPUs."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(
-        vocab_size=vocab, dim=width, n_layers=layers, n_heads=width // 64, n_kv_heads=max(1, width // 256), head_dim=64,
-        hidden_dim=width * 11 // 4, norm_eps=1e-5, rope_theta=1e4, max_positions=8192))
+    model = Transformer(model_config(**sizes))
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.02)
+    cpu.speed_up(model)
     return model
 
 
 def random_pairs(lengths, vocab=32000):
+    """PreferencePairs of random tokens, of the given (prompt, chosen, rejected) lengths."""
     rng = np.random.default_rng(0)
-    return [PreferencePair(*(rng.integers(3, vocab, n).astype(np.int32) for n in pair), "") for pair in lengths]
-
-
-def seconds(call):
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    pairs = []
+    for pair in lengths:
+        parts = [rng.integers(3, vocab, n).astype(np.int32) for n in pair]
+        pairs.append(PreferencePair(*parts, ""))
+    return pairs
 
 
 def forgetting(model, call):
@@ -65,110 +75,179 @@ def forgetting(model, call):
     return both
 
 
-def step(model, pairs, tokens_per_row):
-    return forgetting(model, lambda: run_rows(model, pack(pairs, tokens_per_row), CONFIG, 1 / len(pairs)))
+def passes(model, pairs, tokens_per_row):
+    """A call that runs the forward and backward pass of a step of train.py."""
+    def call():
+        run_rows(model, pack(pairs, tokens_per_row), CONFIG, 1 / len(pairs))
+    return forgetting(model, call)
 
 
 def attention_alone(model, lengths):
-    """Of all layers, forward and backward, on random queries, keys and values."""
-    c, T = model.config, sum(map(sum, lengths))
-    q, k, v = (torch.randn(T, n, c.head_dim, requires_grad=True) for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
+    """A call that runs attention of all layers, forward and backward, on random queries, keys and
+    values."""
+    c = model.config
+    T = sum(map(sum, lengths))
+    q = torch.randn(T, c.n_heads, c.head_dim, requires_grad=True)
+    k = torch.randn(T, c.n_kv_heads, c.head_dim, requires_grad=True)
+    v = torch.randn(T, c.n_kv_heads, c.head_dim, requires_grad=True)
 
     def call():
         for _ in range(c.n_layers):
-            pair_attention(q, k, v, lengths).sum().backward()
+            pair_attention(q, k, v, lengths, model.causal_attention).sum().backward()
     return call
 
 
 def prompts_twice(model, pairs):
-    """The step without sharing: [prompt | chosen | prompt | rejected], each half a sequence of its own. One row."""
-    from alphapo import alphapo_loss, average_logps
-    tokens, positions, predictors, targets, sizes = [], [], [], [], []
+    """A call that runs the passes of a step without sharing: [prompt | chosen | prompt | rejected],
+    each half a sequence of its own, all in one row."""
+    tokens = []
+    positions = []
+    predictors = []         # places of the tokens that predict a response's
+    targets = []
+    sizes = []              # tokens of each sequence
     for pair in pairs:
+        P = len(pair.prompt)
         for response in (pair.chosen, pair.rejected):
-            start, P, n = len(tokens), len(pair.prompt), len(response)
+            start = len(tokens)
+            end = start + P + len(response)
             tokens += [*pair.prompt, *response]
-            positions += range(P + n)
-            predictors += range(start + P - 1, start + P + n - 1)
+            positions += range(end - start)
+            predictors += range(start + P - 1, end - 1)
             targets += response.tolist()
-            sizes.append(P + n)
-    tokens, positions, predictors, targets = (torch.tensor(x, device=model.device)
-                                              for x in (tokens, positions, predictors, targets))
+            sizes.append(end - start)
+    tokens = torch.tensor(tokens, device=model.device)                          # (T,)
+    positions = torch.tensor(positions, device=model.device)                    # (T,)
+    predictors = torch.tensor(predictors, device=model.device)                  # (N,)
+    targets = torch.tensor(targets, device=model.device)                        # (N,)
 
     def attend(layer, q, k, v):
-        return torch.cat([causal_attention(*x) for x in zip(q.split(sizes), k.split(sizes), v.split(sizes))])
-
-    def loss(i, logps):
-        chosen, rejected = average_logps(logps, (len(pairs[i].chosen), len(pairs[i].rejected))).split(1)
-        return alphapo_loss(chosen, rejected, alpha=CONFIG.alpha, beta=CONFIG.beta,
-                            gamma_beta_ratio=CONFIG.gamma_beta_ratio)[0].sum()
+        sequences = zip(q.split(sizes), k.split(sizes), v.split(sizes))
+        return torch.cat([model.causal_attention(*sequence) for sequence in sequences])
 
     def call():
-        states = model.states(tokens, positions, attend)[predictors]
-        sizes = [len(p.chosen) + len(p.rejected) for p in pairs]
-        states.backward(model.run_head(states, targets, sizes, loss, 1 / len(pairs)))
+        # As train.run_row.
+        states = model.states(tokens, positions, attend)[predictors]            # (N, dim)
+        weight = model.head_weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        grad_states = torch.empty_like(states)
+        end = 0
+        for pair in pairs:
+            start = end
+            end = start + len(pair.chosen) + len(pair.rejected)
+            head = states[start:end], weight, targets[start:end]
+            logps, logsumexp, blocks = target_logps(*head, keep=True)
+            logps.requires_grad_()
+            averages = average_logps(logps, (len(pair.chosen), len(pair.rejected)))
+            losses, *_ = pair_loss(CONFIG, pair, *averages.split(1))
+            (grad,) = torch.autograd.grad(losses.sum() / len(pairs), logps)
+            grad_states[start:end] = target_logps_backward(
+                grad, *head, logsumexp, blocks, weight.grad)
+            del blocks              # the logits of one pair alone exist at once
+        states.backward(grad_states)
     return call
 
 
-def rounds(calls, n):
+def take_turns(calls, n):
     """{name: [seconds of each round]} of calls that take turns; a first round does not count."""
     taken = {name: [] for name in calls}
-    for i in range(n + 1):
+    for _ in range(n + 1):
         for name, call in calls.items():
-            taken[name].append(seconds(call))
+            began = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - began)
     return {name: times[1:] for name, times in taken.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "scaling.json"))
-    args = parser.parse_args()
-    reuse_memory()
-    join_ranks(CONFIG)
-    results, median = machine() | {"rounds": args.rounds}, statistics.median
+# --- the four questions ---------------------------------------------------------------------------
 
-    model, total = random_model(), 4096
-    lengths = {T: [(T // 5, 2 * T // 5, T - 3 * T // 5)] * (total // T) for T in (512, 1024, 2048, 4096)}
-    calls = {f"{T}": step(model, random_pairs(some), total) for T, some in lengths.items()}
-    calls |= {f"{T} attention": attention_alone(model, some) for T, some in lengths.items()}
-    taken = rounds(calls, args.rounds)
-    results["length"] = {
-        T: {"us_per_token": median(s / total * 1e6 for s in taken[f"{T}"]),
-            "without_attention": median((s - a) / total * 1e6 for s, a in zip(taken[f"{T}"], taken[f"{T} attention"]))}
-        for T in lengths}
-    for T, r in results["length"].items():
-        print(f"length   {T:5} tokens a pair: {r['us_per_token']:6.0f} us a token, {r['without_attention']:6.0f} without attention",
-              flush=True)
+def length_of_pairs(model, rounds, total=4096):
+    """The cost of a token in steps of `total` tokens, by the length of their pairs."""
+    calls = {}
+    for T in (512, 1024, 2048, 4096):
+        lengths = [(T // 5, 2 * T // 5, T - 3 * T // 5)] * (total // T)
+        calls[T] = passes(model, random_pairs(lengths), total)
+        calls[f"attention {T}"] = attention_alone(model, lengths)
+    taken = take_turns(calls, rounds)
+    results = {}
+    for T in (512, 1024, 2048, 4096):
+        of_all = [seconds / total * 1e6 for seconds in taken[T]]
+        of_attention = [seconds / total * 1e6 for seconds in taken[f"attention {T}"]]
+        rest = [a - b for a, b in zip(of_all, of_attention)]
+        results[T] = {"us_per_token": median(of_all), "without_attention": median(rest)}
+        print(f"length   {T:5} tokens a pair: {results[T]['us_per_token']:6.0f} us a token, "
+              f"{results[T]['without_attention']:6.0f} without attention", flush=True)
+    return results
 
-    shared, twice = {}, {}
-    for name, (P, C) in {"r = 1": (400, 400), "r = 2": (600, 300)}.items():
+
+def prefix_sharing(model, rounds):
+    """How many times as fast a step is when its pairs share their prompts."""
+    results = {}
+    for r, (P, C) in {1: (400, 400), 2: (600, 300)}.items():
         pairs = random_pairs([(P, C, C)] * 3)
-        shared[name], twice[name] = step(model, pairs, 10**6), forgetting(model, prompts_twice(model, pairs))
-    taken = {name: rounds({"shared": shared[name], "twice": twice[name]}, args.rounds) for name in shared}
-    results["sharing"] = {}
-    for name, r in (("r = 1", 1), ("r = 2", 2)):
-        gain, ideal = median(t / s for t, s in zip(taken[name]["twice"], taken[name]["shared"])), (2 * r + 2) / (r + 2)
-        results["sharing"][name] = {"gain": gain, "ideal": ideal}
-        print(f"sharing  {name}: {gain:.2f} times as fast, {gain / ideal:.0%} of the ideal {ideal:.2f}", flush=True)
+        taken = take_turns({
+            "shared": passes(model, pairs, ONE_ROW),
+            "twice": forgetting(model, prompts_twice(model, pairs))}, rounds)
+        gain = median(t / s for t, s in zip(taken["twice"], taken["shared"]))
+        ideal = (2 * r + 2) / (r + 2)
+        results[f"r = {r}"] = {"gain": gain, "ideal": ideal}
+        print(f"sharing  r = {r}: {gain:.2f} times as fast, {gain / ideal:.0%} of the ideal "
+              f"{ideal:.2f}", flush=True)
+    return results
 
-    small = random_model(width=256, layers=4, vocab=8000)
-    many = random_pairs([(P // 4 + 1, C // 4 + 1, R // 4 + 1) for P, C, R in pair_lengths(128)], vocab=8000)
-    # The same 128 pairs in steps of so many.
-    calls = {n: [step(small, many[i:i + n], 2048) for i in range(0, 128, n)] for n in (8, 32, 128)}
-    taken = rounds({n: (lambda steps: lambda: [call() for call in steps])(steps) for n, steps in calls.items()}, args.rounds)
-    results["pairs"] = {n: median(times) / 128 * 1e3 for n, times in taken.items()}
-    for n, ms in results["pairs"].items():
+
+def number_of_pairs(rounds):
+    """The cost of a pair, in ms, of the same 128 pairs in steps of 8, 32 and 128."""
+    model = random_model(width=256, layers=4, vocab=8000)
+    lengths = [(P // 4 + 1, C // 4 + 1, R // 4 + 1) for P, C, R in pair_lengths(128)]
+    pairs = random_pairs(lengths, vocab=8000)
+
+    def all_steps(n):
+        steps = [passes(model, pairs[i:i + n], 2048) for i in range(0, len(pairs), n)]
+
+        def call():
+            for step in steps:
+                step()
+        return call
+
+    taken = take_turns({n: all_steps(n) for n in (8, 32, 128)}, rounds)
+    results = {n: median(times) / len(pairs) * 1e3 for n, times in taken.items()}
+    for n, ms in results.items():
         print(f"pairs    {n:5} a step: {ms:6.1f} ms a pair", flush=True)
+    return results
 
-    results["width"], some = {}, pair_lengths(2)
+
+def width_of_model(rounds):
+    """The cost of a token, and the share of PyTorch's matmul rate that is useful work."""
+    results = {}
+    lengths = pair_lengths(2)
+    tokens = sum(map(sum, lengths))
     for width in (256, 512, 1024):
         model = random_model(width=width, layers=4)
-        taken = rounds({"step": step(model, random_pairs(some), 10**6)}, args.rounds)["step"]
-        share = useful_flops(model.config, some) / median(taken) / matmul_rate(width)
-        results["width"][width] = {"us_per_token": median(taken) / sum(map(sum, some)) * 1e6, "share_of_matmul_rate": share}
-        print(f"width    {width:5}: {results['width'][width]['us_per_token']:6.0f} us a token, {share:.0%} of the matmul rate",
+        taken = take_turns({"step": passes(model, random_pairs(lengths), ONE_ROW)}, rounds)
+        seconds = median(taken["step"])
+        share = useful_flops(model.config, lengths) / seconds / matmul_rate(width)
+        us = seconds / tokens * 1e6
+        results[width] = {"us_per_token": us, "share_of_matmul_rate": share}
+        print(f"width    {width:5}: {us:6.0f} us a token, {share:.0%} of the matmul rate",
               flush=True)
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How the cost of a step grows.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default="benchmarks/scaling.json")
+    args = parser.parse_args()
+    join_ranks(CONFIG.timeout_minutes)
+    model = random_model()
+    results = machine() | {
+        "rounds": args.rounds,
+        "length": length_of_pairs(model, args.rounds),
+        "sharing": prefix_sharing(model, args.rounds),
+        "pairs": number_of_pairs(args.rounds),
+        "width": width_of_model(args.rounds),
+    }
     Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
 
 

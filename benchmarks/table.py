@@ -1,85 +1,142 @@
-"""The README's table of speed, from the committed results of the other programs here.
+"""The table of speed in benchmarks/README.md, from the committed results of the other programs.
 
-    python benchmarks/table.py                  # prints it
-    python benchmarks/table.py --write          # puts it into README.md, between its marks
+    python -m benchmarks.table                  # prints it
+    python -m benchmarks.table --write          # puts it into benchmarks/README.md
 """
 import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
+from benchmarks.scaling import model_config, random_pairs
+from benchmarks.step import trl_batch
 from data.preference import pack
-from distributed import kept_per_token
 from model import BLOCK_LOGITS, KEPT_LOGITS
-from scaling import random_model, random_pairs
+from plan import kept_per_token
 
-MARKS = "<!-- benchmarks/table.py -->\n", "<!-- end -->"
+HERE = Path(__file__).resolve().parent
+BEGIN_MARK = "<!-- benchmarks/table.py -->\n"
+END_MARK = "<!-- end -->"
+COLUMNS = (
+    "what", "against", "times as fast", "useful share of PyTorch's matmul rate, ours / theirs",
+    "peak memory, ours / theirs")
 
 
 def read(name):
     return json.loads((HERE / f"{name}.json").read_text())
 
 
+def megabytes(ours, theirs):
+    return f"{ours / 1e6:,.0f} MB / {theirs / 1e6:,.0f} MB"
+
+
+def line(cells):
+    return "| " + " | ".join(cells) + " |\n"
+
+
 def table():
-    rows, of_onednn = [], []
+    """The table and a few sentences, as Markdown."""
+    rows = []
+    of_onednn = []
     for name in ("step", "step-128k"):
         (r,) = read(name)["vocabularies"]
-        times, share, peak, best = r["times_as_long_as_ours"], r["share_of_matmul_rate"], r["peak_bytes"], r["trl_best"]
+        rows += rows_of_steps(r)
         of_onednn.append(f"{r['share_of_product_rate']['ours']:.0%} at {r['vocabulary']:,}")
-        megabytes = lambda way: f"{peak[way] / 1e6:,.0f} MB"
-        others = ", ".join(f"{r['warm_seconds'][way] / r['warm_seconds']['ours']:.1f} at {way[4:].split('x')[0]}"
-                           for way in r["warm_seconds"] if way.startswith("trl") and way != best)
-        rows += [(f"optimiser step, vocabulary {r['vocabulary']:,}, {r['pairs']} pairs of {r['tokens'] // r['pairs']} tokens",
-                  f"TRL, {best[4:].split('x')[0]} pair a batch, its best" + (f" ({others})" if others else ""),
-                  f"{times[best]:.2f}", f"{share['ours']:.0%} / {share[best]:.0%}", f"{megabytes('ours')} / {megabytes(best)}"),
-                 ("the same", "padded rows, logits of every position, a pair at a time", f"{times['padded']:.2f}",
-                  f"{share['ours']:.0%} / {share['padded']:.0%}", f"{megabytes('ours')} / {megabytes('padded')}")]
-    for r in read("head")["vocabularies"]:
-        rows.append((f"vocabulary head and its gradient, {r['vocabulary']:,}", "Liger-Kernel, chunked SimPO loss",
-                     f"{r['liger_times_as_long']:.2f}", "", " / ".join(f"{r['peak_bytes'][way] / 1e6:,.0f} MB" for way in ("ours", "liger"))))
+    rows += rows_of_heads(read("head")["vocabularies"])
     r = read("sample")
-    rows.append((f"greedy answers, SmolLM2-135M, batch {r['batch_size']}", "transformers' generate",
-                 f"{r['times_as_long_as_ours']:.2f}", "", ""))
-    lines = ["| what | against | takes times as long | useful share of PyTorch's matmul rate, ours / theirs | peak memory, ours / theirs |",
-             "|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return ("\n".join(lines) + "\n\n" + f"Of the rate of oneDNN's matmul, which ours takes on this machine, its useful share is "
-            f"{' and '.join(of_onednn)}.\n" + growth() + predictions())
+    rows.append([
+        f"greedy answers, SmolLM2-135M, batch {r['batch_size']}", "transformers' generate",
+        f"{r['times_as_long_as_ours']:.2f}", "", ""])
+    lines = [line(COLUMNS), "|---" * len(COLUMNS) + "|\n"]
+    lines += [line(row) for row in rows]
+    return (
+        "".join(lines) + "\nOf the rate of oneDNN's matmul, which ours takes on this machine, its "
+        f"useful share is {' and '.join(of_onednn)}.\n" + growth() + predictions())
+
+
+def rows_of_steps(r):
+    """Two rows for the figures of one vocabulary: against TRL, and against padded rows."""
+    times = r["times_as_long_as_ours"]
+    share = r["share_of_matmul_rate"]
+    peak = r["peak_bytes"]
+    best = r["trl_best"]
+
+    def figures(way):
+        return [f"{times[way]:.2f}", f"{share['ours']:.0%} / {share[way]:.0%}",
+                megabytes(peak["ours"], peak[way])]
+
+    warm = r["warm_seconds"]
+    slower = []             # what TRL's other batches came to
+    for way in warm:
+        if way.startswith("trl") and way != best:
+            slower.append(f"{warm[way] / warm['ours']:.1f} at {trl_batch(way)}")
+    trl = f"TRL, {trl_batch(best)} pair a batch, its best"
+    if slower:
+        trl += f" ({', '.join(slower)})"
+    tokens = r["tokens"] // r["pairs"]
+    what = f"optimiser step, vocabulary {r['vocabulary']:,}, {r['pairs']} pairs of {tokens} tokens"
+    padded = "padded rows, logits of every position, a pair at a time"
+    return [[what, trl, *figures(best)], ["the same", padded, *figures("padded")]]
+
+
+def rows_of_heads(vocabularies):
+    rows = []
+    for r in vocabularies:
+        peak = r["peak_bytes"]
+        rows.append([
+            f"vocabulary head and its gradient, {r['vocabulary']:,}",
+            "Liger-Kernel, chunked SimPO loss",
+            f"{r['liger_times_as_long']:.2f}", "", megabytes(peak["ours"], peak["liger"])])
+    return rows
 
 
 def growth():
     """What scaling.py found, as sentences."""
-    r = read("scaling")
-    rest, pairs = [x["without_attention"] for x in r["length"].values()], list(r["pairs"].values())
-    return (f"A token costs {min(rest):.0f} to {max(rest):.0f} us besides attention in pairs of {min(map(int, r['length']))} to "
-            f"{max(map(int, r['length'])):,} tokens; a pair costs {min(pairs):.1f} to {max(pairs):.1f} ms in steps of 8 to 128. "
-            + "Sharing the prompt makes a step "
-            + " and ".join(f"{x['gain']:.2f} times as fast where {name} (by tokens alone: {x['ideal']:.2f})"
-                           for name, x in r["sharing"].items())
-            + ", with r prompt tokens for each of a response.\n")
+    results = read("scaling")
+    tokens = [r["without_attention"] for r in results["length"].values()]
+    lengths = [int(T) for T in results["length"]]
+    pairs = results["pairs"].values()
+    gains = []
+    for name, r in results["sharing"].items():
+        gains.append(f"{r['gain']:.2f} times as fast where {name} (by tokens alone: "
+                     f"{r['ideal']:.2f})")
+    return (
+        f"A token costs {min(tokens):.0f} to {max(tokens):.0f} us besides attention in pairs of "
+        f"{min(lengths)} to {max(lengths):,} tokens; a pair costs {min(pairs):.1f} to "
+        f"{max(pairs):.1f} ms in steps of 8 to 128. Sharing the prompt makes a step "
+        f"{' and '.join(gains)}, with r prompt tokens for each of a response.\n")
 
 
 def predictions():
-    """A step's memory by the count of --plan, and what was measured, as a sentence."""
+    """A step's memory as plan.py counts it, and what was measured, as a sentence."""
     parts = []
     for name in ("step", "step-128k"):
         results = read(name)
-        args, (r,) = results["arguments"], results["vocabularies"]
-        config, V = random_model(args["width"], args["layers"], vocab=8).config, r["vocabulary"]
-        row = max(pack(random_pairs(r["lengths"], V), args["tokens_per_row"]), key=lambda row: len(row.tokens))
+        args = results["arguments"]
+        (r,) = results["vocabularies"]
+        V = r["vocabulary"]
+        config = model_config(args["width"], args["layers"])
+        rows = pack(random_pairs(r["lengths"], V), args["tokens_per_row"])
+        row = max(rows, key=lambda row: len(row.tokens))
         kept = len(row.tokens) * kept_per_token(config, recompute=False)
-        logits = min(KEPT_LOGITS["cpu"], V * max(C + R for _, C, R in row.lengths)) + BLOCK_LOGITS["cpu"]
-        parts.append(f"{4 * (kept + logits) / 1e6:.0f} MB at {V:,} (measured: {r['peak_bytes']['ours'] / 1e6:.0f})")
-    return ("The peak that `--plan` counts, activations of the heaviest row and logits of its longest pair, is "
-            + ", ".join(parts) + ".\n")
+        longest = max(C + R for _, C, R in row.lengths)
+        logits = min(KEPT_LOGITS["cpu"], V * longest) + BLOCK_LOGITS["cpu"]
+        counted = 4 * (kept + logits)
+        measured = r["peak_bytes"]["ours"]
+        parts.append(f"{counted / 1e6:.0f} MB at {V:,} (measured: {measured / 1e6:.0f})")
+    return (
+        "The peak that plan.py counts, activations of the heaviest row and logits of its longest "
+        f"pair, is {', '.join(parts)}.\n")
+
+
+def main(argv):
+    if argv != ["--write"]:
+        print(table())
+        return
+    readme = HERE / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN_MARK)
+    _, after = rest.split(END_MARK, 1)
+    readme.write_text(before + BEGIN_MARK + table() + END_MARK + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        readme = HERE.parent / "README.md"
-        before, rest = readme.read_text().split(MARKS[0])
-        readme.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1], 1)[1])
-    else:
-        print(table())
+    main(sys.argv[1:])
