@@ -1,8 +1,8 @@
 """Preference pairs: from lines of JSON to tokens, from tokens to packed rows.
 
     pairs, dropped = load_pairs(["pairs.jsonl"], chat, max_length=2048, max_prompt_length=1800)
-    for step in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
-        for row in pack([pairs[i] for i in step], tokens_per_row=8192): ...
+    for indices in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
+        for row in pack([pairs[i] for i in indices], tokens_per_row=8192): ...
 
 `chat` is the chat format of a model (tokenizer.py): it turns prompts and answers into token ids. A
 row of a file (data/files.py reads them) has one of these shapes:
@@ -51,22 +51,24 @@ class PreferencePair:
         return len(self.prompt), len(self.chosen), len(self.rejected)
 
     def __len__(self):
-        """Tokens in a packed row. The prompt is there once, for both responses (prefix sharing)."""
+        """The tokens that the pair takes in a packed row. The prompt is there once, for both
+        responses (prefix sharing)."""
         return sum(self.lengths)
 
 
 @dataclass
 class PackedPairs:
-    """A packed row: pairs end to end, [prompt | chosen | rejected] each, without padding.
+    """A packed row: pairs end to end, [prompt | chosen | rejected] each, without padding. Padding
+    would be computed and thrown away, and pairs of any lengths fill a row as well.
 
-    Who sees whom is decided by the attention of model.py: a response sees its prompt and itself,
-    never the other response and never another pair.
+    A response sees its prompt and itself, never the other response and never another pair
+    (pair_attention in model.py).
     """
     tokens: torch.Tensor                    # (T,) int64
     lengths: list[tuple[int, int, int]]     # (prompt, chosen, rejected) of each pair; add up to T
     pairs: list[PreferencePair]
-    indices: list[int]                      # where the pairs stood in what was packed; empty: the
-                                            # row must not count (see pack)
+    indices: list[int]                      # of the pairs, in the list that `pack` was given.
+                                            # Empty: the row is a filler that must not count
 
 
 # --- from a row of JSON to a pair -----------------------------------------------------------------
@@ -74,10 +76,10 @@ class PackedPairs:
 def parse_row(row, as_it_stands=False):
     """(prompt turns, chosen text, rejected text) of one row, white space included.
 
-    as_it_stands: take text that some chat format has laid out already, instead of refusing it.
-    ValueError if the row is malformed, Dropped for a tie.
+    Text that some chat format has laid out already (<|im_start|>, "Human:" ...) is refused, unless
+    as_it_stands. ValueError if the row is malformed, Dropped if all its scores are equal.
     """
-    # SimPO's published sets have all of these columns: the pair that was published counts.
+    # SimPO's published sets have all of these columns. Then chosen and rejected count.
     if "chosen" in row and "rejected" in row:
         return prompt_and_answers(row, as_it_stands)
     if "all_generated_responses" in row and "all_rm_scores" in row:
@@ -197,8 +199,8 @@ def hold_out(pairs, n, seed):
     """(training pairs, held-out pairs), drawn by seed; both keep the order of the files.
 
     Pairs of one prompt stay on one side, so that no held-out prompt was trained on. Where prompts
-    repeat, fewer than n pairs may be held out, never more: a prompt with more pairs than are still
-    missing is passed over. ValueError if n is too many, or if every prompt has more than n pairs.
+    repeat, it may be fewer than n pairs, never more: a prompt whose pairs would make it more than n
+    is passed over. ValueError if n is too many, or if every prompt has more than n pairs.
     """
     if not 0 <= n < len(pairs):
         raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs")
@@ -206,8 +208,8 @@ def hold_out(pairs, n, seed):
     for i, pair in enumerate(pairs):
         indices_of_prompt.setdefault(pair.prompt.tobytes(), []).append(i)
 
-    # Prompts are drawn with the chance of each pair. Where they are unique, these are simply the
-    # first n pairs of a seeded permutation.
+    # Pairs are drawn, and each brings the others of its prompt along. Where prompts are unique,
+    # these are simply the first n pairs of a seeded permutation.
     held_indices = set()
     for i in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         together = indices_of_prompt[pairs[i].prompt.tobytes()]
@@ -244,12 +246,12 @@ def pack(pairs, tokens_per_row, ranks=1):
     Every pair is in exactly one row, whole.
 
     This is bin packing, longest processing time first: the pairs go, longest first, each onto the
-    row that has the fewest tokens so far. So rows are of near-equal work, and about as few as can
-    hold the pairs.
+    row that has the fewest tokens so far. So rows have nearly equal numbers of tokens, and there
+    are about as few as can hold the pairs.
 
-    The number of rows is a multiple of `ranks`: rank r takes rows[r::ranks], and all ranks run as
-    many. Where there are more rows than pairs, each row left over holds the shortest pair once more
-    and no indices: it keeps its rank in step with the others and must be run with weight 0.
+    The number of rows is a multiple of `ranks`: rank r runs rows[r::ranks], so that all ranks run
+    the same number of rows. Where that makes more rows than pairs, each row left over is a filler:
+    it holds the shortest pair once more and no indices, and must be run with weight 0.
     """
     check_fit(pairs, tokens_per_row)
     n_tokens = [len(pair) for pair in pairs]
@@ -282,7 +284,8 @@ def pack(pairs, tokens_per_row, ranks=1):
 
 
 def check_fit(pairs, tokens_per_row):
-    """ValueError that names the longest pair if no row can hold it."""
+    """ValueError that names the longest pair if no row can hold it. (What is tokens_per_row here
+    is train.py's tokens_per_micro_batch: a micro-batch is a row.)"""
     longest = max(pairs, key=len)
     if len(longest) > tokens_per_row:
         raise ValueError(f"{longest.source}: the pair has {len(longest)} tokens, more than "
@@ -301,8 +304,8 @@ def _end_to_end(pairs):
 # --- a cache of tokenised pairs -------------------------------------------------------------------
 
 def content_hash(files, *others):
-    """A hash of the content of files and the values of others (numbers, strings), in hexadecimal:
-    it changes where what is made of them could."""
+    """The key of a cache, in hexadecimal: another one whenever a byte of the files or one of the
+    other values (numbers, strings) is another."""
     sha = hashlib.sha256(repr(others).encode())
     for file in files:
         with open(file, "rb") as f:
