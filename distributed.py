@@ -211,13 +211,13 @@ def device_mesh(shard_within_node, device):
         device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def reduce_gradients_after(model, row_is_last, every_row):
-    """Gradient accumulation: ranks reduce their gradients in the backward pass of a step's last
-    row, or of every row, which frees the whole gradients that wait otherwise. Replicas (HSDP) meet
-    in the last one only."""
+def set_gradient_sync(model, last_row, every_row):
+    """Says, before a row's backward pass, whether ranks reduce their gradients in it. They do in
+    that of a step's last row; with every_row in all, which frees the whole gradients that otherwise
+    wait between rows. Replicas (HSDP) meet in the last one alone."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(every_row or row_is_last)
-        model.set_requires_all_reduce(row_is_last)
+        model.set_requires_gradient_sync(every_row or last_row)
+        model.set_requires_all_reduce(last_row)
 
 
 def clip_gradients(model, max_norm):

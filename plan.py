@@ -10,7 +10,7 @@ loaded, so the model's folder may hold config.json alone. A line for each number
                     over; exact
     gathered        bf16 weights of the root and of two blocks, gradients of one in bf16 and fp32
     activations     of a full row
-    logits          of one pair, up to KEPT_LOGITS, and of a block more
+    logits          of one pair, up to KEPT_LOGITS, and of a chunk more
     waiting         whole fp32 gradients, which wait between the micro-batches of a step
 """
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model import BLOCK_LOGITS, KEPT_LOGITS, Transformer, read_config
+from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 
 # The fields of train.py's TrainConfig that change the memory, with their defaults.
 NUMBERS = {"tokens_per_micro_batch": 8192, "max_length": 2048, "pairs_per_step": 128}
@@ -57,7 +57,7 @@ def plan(args):
     parts = {
         "gathered": BF16 * (root + 2 * block) + (BF16 + FP32) * max(root, block),
         "activations": BF16 * tokens * kept_per_token(c, args.recompute),
-        "logits": FP32 * kept_logits + (FP32 + BF16) * BLOCK_LOGITS["gpu"],
+        "logits": FP32 * kept_logits + (FP32 + BF16) * CHUNK_LOGITS["gpu"],
     }
     waiting = 0 if args.sync_every_micro_batch else FP32 * n
     recomputing = "with" if args.recompute else "without"

@@ -290,7 +290,7 @@ def blocks(request, monkeypatch):
 
 
 def limit_logits(block, kept, monkeypatch):
-    monkeypatch.setattr(model_py, "BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr(model_py, "CHUNK_LOGITS", {"cpu": block})
     monkeypatch.setattr(model_py, "KEPT_LOGITS", {"cpu": kept})
 
 
