@@ -1,57 +1,78 @@
-"""How far a trained model has gone from its start: KL divergence per token, on answers sampled from the trained model.
+"""How far a trained model has gone from its start: KL divergence per token, on answers sampled from
+the trained model.
 
-    python experiments/drift.py --model runs/first/step-000100 --start SmolLM2-135M-Instruct --prompts held_out.jsonl
+    python -m experiments.drift --model runs/first/step-000100 \
+        --start SmolLM2-135M-Instruct --prompts held_out.jsonl
 
-Answers are drawn at temperature 1 from the whole distribution, as the definition of KL has it. At each of their tokens the
-divergence of the two next-token distributions is summed over the vocabulary, which is far less noisy than the log-ratio of the
-token that was drawn. The standard error is over answers.
+Answers are drawn at temperature 1 from the whole distribution, as the definition of KL has it. At
+each of their tokens the divergence of the two next-token distributions is summed over the
+vocabulary, which is far less noisy than the log-ratio of the token that was drawn. The standard
+error is over answers.
 """
 import argparse
 import math
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the project's root, for its modules
-
+import cpu
 from data.dialogues import as_messages, prompt_turns
 from data.files import read_jsonl
-from generate import generate
 from model import load_model
-from tokenizer import load_chat_format, load_tokenizer
+from sampler import generate
+from tokenizer import load_chat
 
 
 @torch.no_grad()
 def kl_of_answer(model, start, prompt, answer):
-    """Sum over the tokens of an answer of KL(model || start) in their contexts, in nats. prompt, answer: lists of ids."""
+    """Sum over the tokens of an answer of KL(model || start) in their contexts, in nats. prompt,
+    answer: lists of ids."""
     tokens = torch.tensor(prompt + answer, device=model.device)
-    logp, logq = (m(tokens)[len(prompt) - 1:-1].double().log_softmax(-1) for m in (model, start))     # (R, V)
+    answered = slice(len(prompt) - 1, -1)           # the places that predict the answer's N tokens
+    logp = model(tokens)[answered].double().log_softmax(-1)                     # (N, V)
+    logq = start(tokens)[answered].double().log_softmax(-1)                     # (N, V)
     return (logp.exp() * (logp - logq)).sum().item()
 
 
 def drift(model, start, chat, prompts, *, samples=1, seed=0, max_new_tokens=512, batch_size=32):
-    """KL per token of `samples` answers to each prompt (lists of turns, or strings). Returns a dict: kl and kl_stderr in
-    nats per token, tokens per answer, and cut, the share of answers that reached max_new_tokens."""
-    ids = [chat.encode_prompt(as_messages(p)) for p in prompts]
-    answers = generate(model, ids, seeds=[(seed, i) for i in range(len(ids))], stop_ids=chat.stop_ids, samples=samples,
-                       temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    sums, sizes, cut = [], [], 0
-    for prompt, some in zip(ids, answers):
-        for answer in some:
-            whole = len(answer) < max_new_tokens
-            answer = answer + [chat.end_id] * whole       # ending is a choice as well
+    """KL per token of `samples` answers to each prompt (lists of turns, or strings). Returns a
+    dict: kl and kl_stderr in nats per token; tokens per answer; and cut, the share of answers that
+    reached max_new_tokens."""
+    ids = [chat.encode_prompt(as_messages(prompt)) for prompt in prompts]
+    answers = generate(
+        model, ids, seeds=[(seed, i) for i in range(len(ids))], stop_ids=chat.stop_ids,
+        samples=samples, temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens,
+        batch_size=batch_size)
+    sums = []           # the divergence of each answer
+    sizes = []          # its tokens
+    cut = 0
+    for prompt, of_prompt in zip(ids, answers):
+        for answer in of_prompt:
+            if len(answer) < max_new_tokens:
+                answer = answer + [chat.end_id]         # ending is a choice as well
+            else:
+                cut += 1
             sums.append(kl_of_answer(model, start, prompt, answer))
             sizes.append(len(answer))
-            cut += not whole
-    kl = sum(sums) / sum(sizes)
-    # Of a ratio of two sums over independent answers.
-    spread = sum((s - kl * n)**2 for s, n in zip(sums, sizes)) * len(sums) / max(1, len(sums) - 1)
-    return {"kl": kl, "kl_stderr": math.sqrt(spread) / sum(sizes), "tokens": sum(sizes) / len(sizes), "cut": cut / len(sizes)}
+    total = sum(sizes)
+    kl = sum(sums) / total
+    # The standard error of a ratio of two sums over n independent answers.
+    n = len(sums)
+    squares = sum((divergence - kl * size)**2 for divergence, size in zip(sums, sizes))
+    stderr = math.sqrt(squares * n / max(1, n - 1)) / total
+    return {"kl": kl, "kl_stderr": stderr, "tokens": total / n, "cut": cut / n}
+
+
+def load_fast(folder):
+    """The model of a folder, on the CPU."""
+    model = load_model(folder)
+    cpu.speed_up(model)
+    return model
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="How far a trained model has gone from its start: KL divergence per token.")
     parser.add_argument("--model", required=True, help="folder of the trained model")
     parser.add_argument("--start", required=True, help="folder of the model it was trained from")
     parser.add_argument("--prompts", required=True, help="JSON Lines of held-out prompts")
@@ -59,12 +80,15 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model, start = load_model(args.model), load_model(args.start)
-    chat = load_chat_format(args.model, load_tokenizer(args.model))
+    model = load_fast(args.model)
+    start = load_fast(args.start)
+    chat = load_chat(args.model)
     prompts = [prompt_turns(row, "prompt") for _, row in read_jsonl(args.prompts)]
-    d = drift(model, start, chat, prompts, samples=args.samples, seed=args.seed, max_new_tokens=args.max_new_tokens)
-    print(f"KL to the start {d['kl']:.5f} +- {d['kl_stderr']:.5f} nats per token, on {len(prompts) * args.samples} answers of "
-          f"{d['tokens']:.0f} tokens on average; {d['cut']:.0%} of them were cut at {args.max_new_tokens}")
+    d = drift(model, start, chat, prompts, samples=args.samples, seed=args.seed,
+              max_new_tokens=args.max_new_tokens)
+    print(f"KL to the start {d['kl']:.5f} +- {d['kl_stderr']:.5f} nats per token, on "
+          f"{len(prompts) * args.samples} answers of {d['tokens']:.0f} tokens on average; "
+          f"{d['cut']:.0%} of them were cut at {args.max_new_tokens}")
 
 
 if __name__ == "__main__":
