@@ -30,7 +30,7 @@ def alphapo_reward(logps, *, alpha, beta):
     if alpha == 0:
         return beta * logps
 
-    # exp(x) - 1 loses its digits as x -> 0; expm1(x) keeps them. Its gradient does not keep them for
+    # exp(x) - 1 loses its digits as x -> 0; expm1(x) keeps them. But its gradient loses them for
     # x < -1, which only a negative alpha reaches: autograd computes the derivative of expm1(x) as
     # expm1(x) + 1, which cancels there. That of exp(x) is exp(x) itself.
     x = -alpha * logps

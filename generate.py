@@ -47,7 +47,7 @@ TIMEOUT_MINUTES = 7 * 24 * 60       # a week: ranks that are done wait for the l
 class Job:
     """A file of prompts to answer, cut into batches. It is the same on every rank."""
     shape: str                  # of the prompts, and so of the answers (data/prompts.py)
-    rows: list[dict]            # the prompts as read
+    records: list[dict]            # the prompts as read
     prompts: list[list[int]]    # and as ids
     batches: list[list[int]]    # indices of prompts
     settings: dict              # of generate()
@@ -75,7 +75,7 @@ def plan_job(args, model, chat, dropped):
                              "positions of the model")
         return prompt
 
-    shape, rows, prompts = read_prompts(
+    shape, records, prompts = read_prompts(
         args.prompts, encode, dropped, args.skip_bad_lines, args.as_it_stands)
     if shape == "alpaca_eval" and args.samples > 1:
         raise ValueError(
@@ -102,7 +102,7 @@ def plan_job(args, model, chat, dropped):
         "skip_bad_lines": args.skip_bad_lines,
         "as_it_stands": args.as_it_stands,
     }
-    return Job(shape, rows, prompts, batches, settings, identity, Path(args.output),
+    return Job(shape, records, prompts, batches, settings, identity, Path(args.output),
                parts_folder(args))
 
 
@@ -262,7 +262,7 @@ def join_parts(job, name):
                 n_answers += 1
                 n_cut += kept.n_tokens == max_new_tokens
                 n_other += not kept.encodes_back
-    write_whole(job.output, answers_text(job.shape, job.rows, answers, name))
+    write_whole(job.output, answers_text(job.shape, job.records, answers, name))
     shutil.rmtree(job.parts)
     say(f"written  {job.output}; {n_cut} of {n_answers} answers did not come to their end within "
         f"max_new_tokens = {max_new_tokens}; {n_other} encode to other tokens "

@@ -287,8 +287,8 @@ def pair_attention(q, k, v, lengths, attention):
     sizes = []
     for P, C, R in lengths:
         sizes += [P + C, R]
-    # Split once: the gradient of a split is one concatenation, that of each slice would be (T, H, D)
-    # zeros around it.
+    # Split once: the gradient of a split is one concatenation, that of each slice would be a whole
+    # (T, H, D) of zeros but for the slice.
     q = q.split(sizes)
     k = k.split(sizes)
     v = v.split(sizes)

@@ -297,8 +297,8 @@ def make_optimizer(model, config):
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    # The moments are made now. Else get_state_dict (checkpoint.py) would make them, by a step of its
-    # own, if it had to save before the first step that is applied.
+    # The moments are made now. Else get_state_dict (checkpoint.py) would make them, by a step of
+    # its own, if it had to save before the first step that is applied.
     for p in model.parameters():
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),

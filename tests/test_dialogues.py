@@ -5,7 +5,7 @@
 import pytest
 
 from data.dialogues import as_messages, checked_text, prompt_turns
-from data.preference import parse_row
+from data.preference import parse_record
 
 ANSWERS = {"chosen": "good", "rejected": "bad"}
 
@@ -39,17 +39,17 @@ def dialogue(*contents, system=None):
     ({"prompt": "q", "tools": None, "images": [], "reasoning_content": ""}, dialogue("q"))],
     ids=str)
 def test_columns_beside_chosen_and_rejected_make_the_prompt(columns, turns):
-    assert parse_row(columns | ANSWERS) == (turns, "good", "bad")
+    assert parse_record(columns | ANSWERS) == (turns, "good", "bad")
 
 
 def test_a_system_column_goes_before_a_dialogue_inside_the_answers_and_before_scored_ones():
     pair = {name: dialogue("q", answer) for name, answer in ANSWERS.items()}
     for prompt in ({}, {"prompt": "q"}, {"prompt": dialogue("q")}):
-        assert parse_row(pair | prompt | {"system": "s"}) == (
+        assert parse_record(pair | prompt | {"system": "s"}) == (
             dialogue("q", system="s"), "good", "bad")
     scored = {"prompt": "q", "system": "s", "all_generated_responses": ["good", "bad"],
               "all_rm_scores": [1, 0]}
-    assert parse_row(scored) == (dialogue("q", system="s"), "good", "bad")
+    assert parse_record(scored) == (dialogue("q", system="s"), "good", "bad")
 
 
 @pytest.mark.parametrize("columns, message", [
@@ -67,7 +67,7 @@ def test_a_system_column_goes_before_a_dialogue_inside_the_answers_and_before_sc
     ids=str)
 def test_columns_that_are_odd_or_contradict_the_prompt_are_refused(columns, message):
     with pytest.raises(ValueError, match=message):
-        parse_row(columns | ANSWERS)
+        parse_record(columns | ANSWERS)
 
 
 CALL = [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]
@@ -91,13 +91,13 @@ CALL = [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]
      "prompt has a turn whose content is a list of parts")], ids=str)
 def test_what_is_more_than_text_is_refused_by_name(row, message):
     with pytest.raises(ValueError, match=message):
-        parse_row({"prompt": "q"} | ANSWERS | row)
+        parse_record({"prompt": "q"} | ANSWERS | row)
 
 
 def test_contents_are_left_as_they_are():
     assert as_messages("\n  x = 1\n") == [turn("user", "\n  x = 1\n")]
     row = {"prompt": " q\n", "chosen": dialogue(" q", "  a\n"), "rejected": dialogue("q", "a")}
-    assert parse_row(row) == (dialogue(" q"), "  a\n", "a")
+    assert parse_record(row) == (dialogue(" q"), "  a\n", "a")
 
 
 LAID_OUT = {
@@ -129,8 +129,8 @@ def test_text_that_is_laid_out_already_is_recognised_in_every_field(name):
                        ({"rejected": text}, "rejected")):
         message = f"{field} is laid out already as .*{layout}.* --as_it_stands"
         with pytest.raises(ValueError, match=message):
-            parse_row({"prompt": "q"} | ANSWERS | row)
-    prompt, *_ = parse_row({"prompt": text} | ANSWERS, as_it_stands=True)
+            parse_record({"prompt": "q"} | ANSWERS | row)
+    prompt, *_ = parse_record({"prompt": text} | ANSWERS, as_it_stands=True)
     assert prompt == [turn("user", text)] == prompt_turns({"prompt": text}, "prompt",
                                                           as_it_stands=True)
 
@@ -149,16 +149,16 @@ def test_text_that_is_laid_out_already_is_recognised_in_every_field(name):
 def test_a_mention_of_a_mark_is_no_layout(text):
     assert checked_text(text, "prompt") == text
     row = {"prompt": text, "chosen": text, "rejected": "no idea"}
-    assert parse_row(row) == (dialogue(text), text, "no idea")
+    assert parse_record(row) == (dialogue(text), text, "no idea")
 
 
 def test_end_marks_behind_both_answers_are_refused_and_a_mention_is_not():
     with pytest.raises(ValueError,
                        match="chosen and rejected end with <.im_end.>; expected bare text"):
-        parse_row({"prompt": "q", "chosen": "good.<|im_end|>", "rejected": "bad<|im_end|>\n"})
+        parse_record({"prompt": "q", "chosen": "good.<|im_end|>", "rejected": "bad<|im_end|>\n"})
     for chosen, rejected in (("It is </s>", "</s>, I think"),
                              ("It is </s>", "Llama ends with </s>"), ("a</s>", "b<|end|>")):
         row = {"prompt": "q", "chosen": chosen, "rejected": rejected}
-        assert parse_row(row)[1:] == (chosen, rejected)
+        assert parse_record(row)[1:] == (chosen, rejected)
     row = {"prompt": "q", "chosen": "good.</s>", "rejected": "bad</s>"}
-    assert parse_row(row, as_it_stands=True)[1:] == ("good.</s>", "bad</s>")
+    assert parse_record(row, as_it_stands=True)[1:] == ("good.</s>", "bad</s>")

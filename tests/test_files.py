@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from data.files import Dropped, read_jsonl, read_rows, write_rows, write_whole, written_whole
+from data.files import Dropped, read_jsonl, read_records, write_records, write_whole, written_whole
 
 ROWS = [{"prompt": "naïve 👋", "n": 1}, {"prompt": "b", "n": 2.5},
         {"prompt": "c", "deep": [{"x": None}]}]
@@ -38,7 +38,7 @@ FORMS = {
 def test_every_form_of_a_file_holds_the_same_rows_whatever_its_name(form, tmp_path):
     path = tmp_path / "rows.dat"
     path.write_bytes(FORMS[form])
-    found = list(read_rows([path]))
+    found = list(read_records([path]))
     assert [row for _, row in found] == ROWS
     step = 3 if "between" in form else 1
     places = [f"{path}: item {i}" if "array" in form else f"{path}:{1 + step * (i - 1)}"
@@ -52,7 +52,7 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = "rows.parquet: a parquet file, which only pyarrow can read; pip install pyarrow"
     with pytest.raises(ValueError, match=message):
-        list(read_rows([path]))
+        list(read_records([path]))
 
     class ParquetFile:
         def __init__(self, file):
@@ -67,7 +67,7 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     pyarrow.parquet.ParquetFile = ParquetFile
     monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet)
-    assert list(read_rows([path]))[3] == (f"{path}: item 4", ROWS[1])
+    assert list(read_records([path]))[3] == (f"{path}: item 4", ROWS[1])
 
 
 OBJECTS = "\n".join(json.dumps(row, indent=1) for row in ROWS)
@@ -91,7 +91,7 @@ OBJECTS = "\n".join(json.dumps(row, indent=1) for row in ROWS)
 def test_what_is_no_file_of_rows_is_refused_as_what_it_is(content, message, skip, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"rows.jsonl: {message}"):
-        list(read_rows([tmp_path / "rows.jsonl"], skip_bad_lines=skip))
+        list(read_records([tmp_path / "rows.jsonl"], skip_bad_lines=skip))
 
 
 # --- bad lines ------------------------------------------------------------------------------------
@@ -126,9 +126,9 @@ def halves(row, source):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_all_bad_lines_are_told_at_once_or_dropped_and_counted(workers, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ({"n": n} for n in range(1, 1001)))
+    write_records(tmp_path / "rows.jsonl", ({"n": n} for n in range(1, 1001)))
     with pytest.raises(ValueError) as error:
-        list(read_rows([tmp_path / "rows.jsonl"], halves, skip_bad_lines=False, workers=workers))
+        list(read_records([tmp_path / "rows.jsonl"], halves, skip_bad_lines=False, workers=workers))
     told = str(error.value).splitlines()
     assert told[0] == "333 bad lines:" and len(told) == 13
     assert told[1] == f"  {tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3"
@@ -136,7 +136,7 @@ def test_all_bad_lines_are_told_at_once_or_dropped_and_counted(workers, tmp_path
     assert told[11] == "  and 323 others" and told[12].endswith("--skip_bad_lines")
 
     dropped = Counter()
-    found = list(read_rows([tmp_path / "rows.jsonl"], halves, dropped, skip_bad_lines=True,
+    found = list(read_records([tmp_path / "rows.jsonl"], halves, dropped, skip_bad_lines=True,
                            workers=workers))
     assert [value * 2 for _, value in found] == [n for n in range(1, 1001) if n % 3 and n % 5]
     assert found[-1] == (f"{tmp_path}/rows.jsonl:998", 499)
@@ -145,23 +145,23 @@ def test_all_bad_lines_are_told_at_once_or_dropped_and_counted(workers, tmp_path
 
 
 def test_a_mistake_of_ours_names_the_row_and_is_no_bad_line(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_records(tmp_path / "rows.jsonl", ROWS)
 
     def mistaken(row, source):
         return row["n"]
     for workers in (1, 2):
         with pytest.raises(RuntimeError, match="rows.jsonl:3: KeyError: 'n'"):
-            list(read_rows([tmp_path / "rows.jsonl"], mistaken, skip_bad_lines=True,
+            list(read_records([tmp_path / "rows.jsonl"], mistaken, skip_bad_lines=True,
                            workers=workers))
 
 
 def test_what_workers_use_is_never_pickled(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ({"n": n} for n in range(600)))
+    write_records(tmp_path / "rows.jsonl", ({"n": n} for n in range(600)))
     secret = iter("a generator cannot be pickled")
 
     def use(row, source):
         return row["n"], str(type(secret))
-    found = list(read_rows([tmp_path / "rows.jsonl"], use, workers=2))
+    found = list(read_records([tmp_path / "rows.jsonl"], use, workers=2))
     assert [n for _, (n, _) in found] == list(range(600))
 
 
@@ -170,13 +170,13 @@ def test_what_workers_use_is_never_pickled(tmp_path):
 def test_a_file_is_whole_or_absent_under_its_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        write_rows(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
+        write_records(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
     assert not list(tmp_path.iterdir())
-    write_rows(path, ROWS)
+    write_records(path, ROWS)
     before = path.read_bytes()
     assert before == LINES
     with pytest.raises(KeyboardInterrupt):
-        write_rows(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
+        write_records(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 

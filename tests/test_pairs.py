@@ -9,7 +9,7 @@ import pytest
 from data import prepare_ultrafeedback
 from data.files import Dropped, read_jsonl
 from data.pairs import main, make_pair
-from data.preference import parse_row
+from data.preference import parse_record
 
 ROW = {"prompt": "q", "all_generated_responses": ["mid", "low", "high"],
        "all_rm_scores": [2.0, 1.0, 4.0]}
@@ -40,7 +40,7 @@ def test_the_best_answer_is_set_against_the_worst(tmp_path):
 def test_train_reads_the_same_pairs_from_both_files(tmp_path):
     rows = [ROW, ROW | {"prompt": [{"role": "system", "content": "s"},
                                    {"role": "user", "content": "q"}]}, TWO]
-    assert [parse_row(row) for row in run(tmp_path, *rows)] == [parse_row(row) for row in rows]
+    assert [parse_record(row) for row in run(tmp_path, *rows)] == [parse_record(row) for row in rows]
 
 
 def test_scores_go_before_a_pair_that_the_line_holds_already():
@@ -130,7 +130,7 @@ def test_the_published_sets_are_written_as_they_are_and_read_by_train(
     assert asked == ["princeton-nlp/llama3-ultrafeedback-armorm"]
     lines = [row for _, row in read_jsonl(tmp_path / "a/b/train.jsonl")]
     assert lines[0] == {name: published()[name] for name in prepare_ultrafeedback.FIELDS}
-    assert [parse_row(row)[1:] for row in lines] == [("high", "low"), ("mid", "low")]
+    assert [parse_record(row)[1:] for row in lines] == [("high", "low"), ("mid", "low")]
     assert len(list(read_jsonl(tmp_path / "a/b/test.jsonl"))) == 1
     assert "train.jsonl: 2 lines; in 1 the pair is not the best answer" in capsys.readouterr().out
 

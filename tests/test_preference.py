@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs,
-                             load_pairs, pack, parse_row, read_kept_pairs)
+                             load_pairs, pack, parse_record, read_kept_pairs)
 
 
 class LetterChat:
@@ -71,7 +71,7 @@ def test_multi_turn_dialogues_keep_every_turn():
              user("second")]
     row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")],
            "prompt": "first"}
-    prompt, chosen, rejected = parse_row(row)
+    prompt, chosen, rejected = parse_record(row)
     # White space stays: the format strips it.
     assert [t["content"] for t in prompt] == ["s", " first ", "reply", "second"]
     assert (chosen, rejected) == ("good", "bad")
@@ -294,4 +294,4 @@ def test_history_beside_dialogues_is_refused():
     row = {"prompt": "u", "history": [["a", "b"]], "chosen": [user("u"), assistant("a")],
            "rejected": [user("u"), assistant("b")]}
     with pytest.raises(ValueError, match="history beside dialogues"):
-        parse_row(row)
+        parse_record(row)
