@@ -11,7 +11,8 @@ baselines (SimPO and DPO) and the metrics to log. Needs torch alone.
 A pair is one prompt with a chosen and a rejected response. `*_logps` are AVERAGE log-probs per
 token of a response under the model in training, of shape (B,): one number a pair. Only DPO takes
 sums. Rewards and losses are computed in float64, whatever comes in. That is cheap for a handful of
-numbers a pair, and exp(-alpha * logps) overflows float32 at |alpha * logps| = 88 (float64: at 709).
+numbers a pair, and exp(-alpha * logps) overflows float32 beyond -alpha * logps = 88 (float64: 709):
+at alpha = 2 that is a response of -44 per token.
 """
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ def alphapo_reward(logps, *, alpha, beta):
     if alpha == 0:
         return beta * logps
 
-    # 1 - exp(x) loses its digits as x -> 0 (in float32 it is 5 % off at alpha = 1e-6); expm1 keeps
-    # them. For x < -1 it is the other way round: autograd computes the derivative of expm1(x) as
-    # expm1(x) + 1, which cancels there, while that of exp(x) is exp(x) itself.
+    # exp(x) - 1 loses its digits as x -> 0; expm1(x) keeps them. But its gradient loses them for
+    # x < -1, which only a negative alpha reaches: autograd computes the derivative of expm1(x) as
+    # expm1(x) + 1, which cancels there. That of exp(x) is exp(x) itself.
     x = -alpha * logps
     exp_minus_1 = torch.where(x < -1, x.exp() - 1, x.expm1())
     return -beta * exp_minus_1 / alpha
@@ -52,25 +53,26 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio)
         d loss / d chosen_logps   = -sigmoid(-m) * beta * exp(-alpha * chosen_logps)
         d loss / d rejected_logps = +sigmoid(-m) * beta * exp(-alpha * rejected_logps)
 
-    so alpha > 0 pushes unlikely responses harder than likely ones, and alpha < 0 less hard.
+    so alpha = 0 pushes both alike, alpha > 0 pushes the less likely response harder, and alpha < 0
+    the more likely one.
     """
     _check_same_shape(chosen_logps, rejected_logps)
     chosen_rewards = alphapo_reward(chosen_logps, alpha=alpha, beta=beta)
     rejected_rewards = alphapo_reward(rejected_logps, alpha=alpha, beta=beta)
 
-    # The loss grows with what a pair lacks of the target margin, and goes to 0 beyond the target.
+    # The loss is log 2 at the target margin gamma and goes to 0 beyond it.
     gamma = gamma_beta_ratio * beta
-    margins = chosen_rewards - rejected_rewards - gamma     # (B,)
-    losses = -F.logsigmoid(margins)
+    margins = chosen_rewards - rejected_rewards             # (B,)
+    losses = -F.logsigmoid(margins - gamma)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def average_logps(token_logps, lengths):
     """The mean log-prob per token of each response: what the reward is a function of.
 
-    token_logps: (R,) log-probs of the tokens of N responses laid end to end, without padding. The
+    token_logps: (N,) log-probs of the tokens of M responses laid end to end, without padding. The
     end-of-turn token of a response is one of its tokens.
-    lengths: N ints that add up to R. Returns (N,) in float64.
+    lengths: M ints, each at least 1, that add up to N. Returns (M,) in float64.
 
     In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
     """
@@ -115,13 +117,13 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps,
 # --- metrics --------------------------------------------------------------------------------------
 
 def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """What to log of B pairs, from (B,) each: a dict of 0-d tensors, means over the pairs, under
-    TRL's names."""
+    """What to log of B pairs, from their (B,) numbers: means over the pairs, as a dict of 0-d
+    tensors. The names are those that TRL's trainers log."""
     # Two margins on purpose: under AlphaPO the reward margin can grow while that of the log-probs
     # shrinks.
     reward_margins = chosen_rewards - rejected_rewards
     logp_margins = chosen_logps - rejected_logps
-    is_accurate = chosen_rewards > rejected_rewards         # a tie is not
+    is_accurate = chosen_rewards > rejected_rewards         # a tie is not accurate
     return {
         "rewards/chosen": chosen_rewards.mean(),
         "rewards/rejected": rejected_rewards.mean(),

@@ -43,6 +43,7 @@ def claim_output(output, method, resume, restarted):
     if output:
         output = Path(output)
         if output.exists() and any(output.iterdir()):
+            # A folder that is no run may be somebody's work: it is never written to.
             began = read_run(output)
             if began is None:
                 raise ValueError(f"output folder {output} is not empty and holds no run.json, so "
@@ -95,6 +96,7 @@ def identity_of(knobs, model_config, pairs, held_out):
 def _digest(pairs):
     sha = hashlib.sha256()
     for pair in pairs:
+        # Lengths too: the same tokens may be cut otherwise.
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             sha.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return f"{len(pairs)} pairs, sha256 {sha.hexdigest()[:16]}"
@@ -103,7 +105,7 @@ def _digest(pairs):
 def check_same_run(output, identity):
     """Compares the identity of a run with run.json, if there is one, and writes it there.
     ValueError names the first difference. Rank 0 only."""
-    before = read_run(output) or identity
+    before = read_run(output) or identity           # a new run is the same as itself
     titles = {"config": "{}", "model": "config.json's {}", "pairs": "{}"}
     for part, title in titles.items():
         for name, new in identity[part].items():
@@ -150,10 +152,12 @@ def newest_checkpoint(output, last_step):
     """(step, folder) of the newest complete checkpoint, (0, None) without one. Prints what it
     passes over. Rank 0 only."""
     whole = checkpoints(output)
+    # Those of a run that was killed while it wrote them, or deleted them.
     for folder in sorted(set(output.glob("step-*")) - set(whole.values())):
         print(f"resume   passing over {folder}: it was not written to the end")
     for step, folder in sorted(whole.items(), reverse=True):
         is_model = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+        # torch.distributed.checkpoint writes .metadata last.
         goes_on = (folder / "train_state" / ".metadata").exists()
         if is_model and (goes_on or step == last_step):
             return step, folder
@@ -188,11 +192,13 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         shutil.rmtree(writing, ignore_errors=True)      # of a run that was killed here
 
     def complete():
+        # Two names and never none: what stood here before is kept until the new one is in place.
         if folder.exists():
             folder.rename(folder.with_suffix(".replaced.incomplete"))
         writing.rename(folder)
         _delete_old(output, progress["step"], config.keep_last)
 
+    # 1. Everything, under the name that says it is incomplete.
     from_rank_0(prepare)
     try:
         dtype = getattr(torch, config.save_dtype, None)
@@ -204,6 +210,7 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         reason = first_failure(e) if isinstance(e, dcp.api.CheckpointException) else e
         raise OSError(f"{writing}: cannot be written ({reason}); earlier checkpoints are as they "
                       "were") from e
+    # 2. A checkpoint alone says how to repeat the run. Then it gets its name.
     if not last and dist.get_rank() == 0:
         shutil.copyfile(output / "config.toml", writing / "train_state" / "config.toml")
     from_rank_0(complete)
@@ -221,7 +228,7 @@ def _delete_old(output, step, keep_last):
         whole[s].rename(whole[s].with_suffix(".incomplete"))
         print(f"deleted  {whole[s]}, older than the last {keep_last}")
     for rest in output.glob("step-*.incomplete"):
-        if rest.is_symlink():
+        if rest.is_symlink():           # somebody moved it to another disk: that stays
             rest.unlink()
         else:
             shutil.rmtree(rest)
@@ -230,6 +237,7 @@ def _delete_old(output, step, keep_last):
 def load_checkpoint(folder, model, optimizer, progress):
     """Fills model, optimiser and progress with what save_checkpoint wrote. All ranks together, on
     any number of them. ValueError if it cannot be read."""
+    # dcp.load fills in place, by the slices that this number of ranks has.
     state = train_state(model, optimizer, progress)
     try:
         dcp.load(state, checkpoint_id=folder / "train_state")
@@ -249,6 +257,7 @@ def first_failure(checkpoint_exception):
 
 def check_space(model, config, output, last):
     """ValueError unless a checkpoint fits on the disk. Rank 0 only."""
+    # The model as it is stored, 2 bytes a weight in bf16; with train_state 12 bytes more.
     dtype = getattr(torch, config.save_dtype, None)
     need = 0
     for shape, stored, _ in checkpoint_tensors(config.model).values():

@@ -33,7 +33,7 @@ from model import load_model
 def ranks_store():
     """(store, rank, number of ranks). Through the store the ranks that torchrun started find each
     other. Without torchrun there is this process alone."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ:            # not under torchrun
         return dist.HashStore(), 0, 1
     store, rank, world = next(dist.rendezvous("env://"))
     # On one node torchrun keeps the store over restarts, and what dead ranks left in it would be
@@ -66,9 +66,11 @@ def join_ranks(timeout_minutes):
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     store, rank, world = ranks_store()
+    # gloo beside NCCL: objects, signals and checkpoints travel between CPUs.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-        timeout=timedelta(minutes=timeout_minutes))
+        backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
 
@@ -88,16 +90,17 @@ def say(*lines):
 def from_rank_0(function):
     """What function() returns or raises on rank 0, on every rank. Runs on rank 0 alone, and is a
     barrier."""
-    box = [None, None]
+    box = [None, None]                      # what it returned, what it raised
     if dist.get_rank() == 0:
         try:
             box[0] = function()
         except Exception as e:
-            box[1] = e
+            box[1] = e                      # raised below, so that no rank waits for a dead one
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+    returned, error = box
+    if error is not None:
+        raise error
+    return returned
 
 
 def run_rank(main, explain=lambda error: None):
@@ -125,9 +128,10 @@ def run_rank(main, explain=lambda error: None):
 
 
 def _message(error):
-    if isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return (f"another rank died, or did not answer in the minutes that ranks wait for each "
+    # A rank that dies shows on the others as a collective operation that fails.
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    if of_gloo or isinstance(error, dist.DistError):
+        return ("another rank died, or did not answer in the minutes that ranks wait for each "
                 f"other ({str(error).splitlines()[0]})")
     if isinstance(error, (ValueError, OSError)):
         return str(error)
@@ -159,13 +163,16 @@ def end_rank(status, world):
 def load_sharded(config, device):
     """The starting model, in slices over the ranks, ready to compute on `device`. A single process
     that computes in the dtype of its weights needs no slices."""
+    # FSDP casts weights to compute_dtype and moves offloaded ones, also for a single process.
     one_process = dist.get_world_size() == 1 and not config.cpu_offload
-    sharded = not one_process or config.compute_dtype != config.weight_dtype
+    shard = partial(shard_model, config=config, device=device)
+    if one_process and config.compute_dtype == config.weight_dtype:
+        shard = None
     model = load_model(
         config.model,
         dtype=getattr(torch, config.weight_dtype),
-        device="cpu" if config.cpu_offload else device,
-        shard=partial(shard_model, config=config, device=device) if sharded else None)
+        device="cpu" if config.cpu_offload else device,     # where weights rest
+        shard=shard)
     model.recompute = config.recompute
     if device.type == "cpu":
         cpu.speed_up(model)
@@ -183,6 +190,7 @@ def shard_model(model, config, device):
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     mesh = device_mesh(config.shard_within_node, device)
+    # Each block is gathered and freed as a whole; what is left is the root's.
     for module in [*model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     register_fsdp_forward_method(model, "states")       # how we enter it, beside forward
@@ -203,13 +211,13 @@ def device_mesh(shard_within_node, device):
         device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def reduce_gradients_after(model, row_is_last, every_row):
-    """Gradient accumulation: ranks reduce their gradients in the backward pass of a step's last
-    row, or of every row, which frees the whole gradients that wait otherwise. Replicas (HSDP) meet
-    in the last one only."""
+def set_gradient_sync(model, last_row, every_row):
+    """Says, before a row's backward pass, whether ranks reduce their gradients in it. They do in
+    that of a step's last row; with every_row in all, which frees the whole gradients that otherwise
+    wait between rows. Replicas (HSDP) meet in the last one alone."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(every_row or row_is_last)
-        model.set_requires_all_reduce(row_is_last)
+        model.set_requires_gradient_sync(every_row or last_row)
+        model.set_requires_all_reduce(last_row)
 
 
 def clip_gradients(model, max_norm):

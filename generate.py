@@ -26,17 +26,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import cpu
 from data.dialogues import checked_text
 from data.files import write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
-from distributed import end_rank, first_to_fail, from_rank_0, join_ranks, ranks_store, say
+from distributed import from_rank_0, join_ranks, leave_ranks, run_rank, say
 from model import checkpoint_tensors, load_model, read_config
 from sampler import answer, check_settings, fits, generate
 from tokenizer import CHAT_FORMATS, load_chat
 
 SETTINGS = ("samples", "batch_size", "max_new_tokens", "temperature", "top_p", "top_k")
 PROGRESS_SECONDS = 10       # between two lines of progress
+TIMEOUT_MINUTES = 7 * 24 * 60       # a week: ranks that are done wait for the last one
 
 
 # --- the plan of a job ----------------------------------------------------------------------------
@@ -45,7 +47,7 @@ PROGRESS_SECONDS = 10       # between two lines of progress
 class Job:
     """A file of prompts to answer, cut into batches. It is the same on every rank."""
     shape: str                  # of the prompts, and so of the answers (data/prompts.py)
-    rows: list[dict]            # the prompts as read
+    records: list[dict]            # the prompts as read
     prompts: list[list[int]]    # and as ids
     batches: list[list[int]]    # indices of prompts
     settings: dict              # of generate()
@@ -73,7 +75,7 @@ def plan_job(args, model, chat, dropped):
                              "positions of the model")
         return prompt
 
-    shape, rows, prompts = read_prompts(
+    shape, records, prompts = read_prompts(
         args.prompts, encode, dropped, args.skip_bad_lines, args.as_it_stands)
     if shape == "alpaca_eval" and args.samples > 1:
         raise ValueError(
@@ -100,7 +102,7 @@ def plan_job(args, model, chat, dropped):
         "skip_bad_lines": args.skip_bad_lines,
         "as_it_stands": args.as_it_stands,
     }
-    return Job(shape, rows, prompts, batches, settings, identity, Path(args.output),
+    return Job(shape, records, prompts, batches, settings, identity, Path(args.output),
                parts_folder(args))
 
 
@@ -245,6 +247,7 @@ def describe_plan(job, todo):
 def join_parts(job, name):
     """Writes the output from the parts, removes them, and says how many answers were cut short or
     read otherwise. name: the model's, for the files of AlpacaEval and Arena-Hard. Rank 0 only."""
+    max_new_tokens = job.settings["max_new_tokens"]
     answers = [None] * len(job.prompts)     # of each prompt, (text, number of tokens) of each
     n_answers = 0
     n_cut = 0           # ended by max_new_tokens
@@ -252,15 +255,17 @@ def join_parts(job, name):
     for b, batch in enumerate(job.batches):
         part = json.loads(job.part(b).read_text())
         for i, some in zip(batch, part):
-            some = [Answer(*fields) for fields in some]
-            answers[i] = [(a.text, a.n_tokens) for a in some]
-            n_answers += len(some)
-            n_cut += sum(a.n_tokens == job.settings["max_new_tokens"] for a in some)
-            n_other += sum(not a.encodes_back for a in some)
-    write_whole(job.output, answers_text(job.shape, job.rows, answers, name))
+            answers[i] = []
+            for fields in some:
+                kept = Answer(*fields)
+                answers[i].append((kept.text, kept.n_tokens))
+                n_answers += 1
+                n_cut += kept.n_tokens == max_new_tokens
+                n_other += not kept.encodes_back
+    write_whole(job.output, answers_text(job.shape, job.records, answers, name))
     shutil.rmtree(job.parts)
     say(f"written  {job.output}; {n_cut} of {n_answers} answers did not come to their end within "
-        f"max_new_tokens = {job.settings['max_new_tokens']}; {n_other} encode to other tokens "
+        f"max_new_tokens = {max_new_tokens}; {n_other} encode to other tokens "
         "than were sampled, which read the same, and are trained on as those")
 
 
@@ -295,8 +300,6 @@ def parse_args(argv):
     # How answers are written.
     flag("--name", help="of the model in AlpacaEval's and Arena-Hard's files; its folder's if not "
          "given")
-    # A week: ranks that are done wait for the last one.
-    parser.set_defaults(timeout_minutes=7 * 24 * 60)
     args = parser.parse_args(argv)
     one_prompt = bool(args.prompt)
     if one_prompt == bool(args.prompts) or bool(args.prompts) != bool(args.output):
@@ -319,6 +322,8 @@ def run(args, device):
     chat = load_chat(args.model, args.chat_format, date)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(args.model, dtype, device)
+    if device.type == "cpu":
+        cpu.speed_up(model)
 
     # 3. Answers, to a file or to the terminal.
     if args.prompts:
@@ -332,22 +337,12 @@ def run(args, device):
 
 def main(argv):
     args = parse_args(argv)
-    device = join_ranks(args)
+    device = join_ranks(TIMEOUT_MINUTES)
     try:
         run(args, device)
     finally:
-        # After an error the other ranks may be gone, and this would wait for them.
-        if dist.get_world_size() == 1 or sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        leave_ranks()
 
 
 if __name__ == "__main__":
-    store, rank, world = ranks_store()
-    status = 0
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        status = 1
-        if first_to_fail(store):
-            print(f"error: {e}", file=sys.stderr, flush=True)
-    end_rank(status, world)
+    run_rank(lambda: main(sys.argv[1:]))

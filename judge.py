@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from data.files import read_jsonl, write_rows
+from data.files import read_jsonl, write_records
 from data.prompts import read_prompts
 from distributed import forget_gathered_weights, from_rank_0, say
 from sampler import answer
@@ -39,7 +39,7 @@ def load_judge(name):
 class Judge:
     """Samples an answer to each of N held-out prompts and scores it.
 
-    function: called with (prompt turns, answer), returns a number. prompts_file: a file of rows
+    function: called with (prompt turns, answer), returns a number. prompts_file: a file of records
     with the field `prompt`. chat: the model's chat format. ValueError names the bad lines. All
     ranks must construct and call it together.
     """
@@ -58,10 +58,10 @@ class Judge:
 
         # Prompts of AlpacaEval or Arena-Hard have no field prompt, and judges of their own.
         dropped = Counter()
-        _, rows, self.turns = read_prompts(
+        _, records, self.turns = read_prompts(
             prompts_file, encodable, dropped, skip_bad_lines, as_it_stands,
             required_field="prompt")
-        self.prompts = [row["prompt"] for row in rows]      # as they stand in the file
+        self.prompts = [record["prompt"] for record in records]      # as they stand in the file
         for reason, n in dropped.most_common():
             say(f"judge    {prompts_file}: {n} dropped: {reason}")
 
@@ -84,12 +84,12 @@ class Judge:
 
     def keep(self, output, step, answers, scores):
         """Writes answers-NNNNNN.jsonl to the run folder. Rank 0 only."""
-        rows = []
+        records = []
         for prompt, text, score in zip(self.prompts, answers, scores):
             if not math.isfinite(score):
                 score = None        # JSON has no NaN
-            rows.append({"prompt": prompt, "answer": text, "score": score})
-        write_rows(answers_file(output, step), rows)
+            records.append({"prompt": prompt, "answer": text, "score": score})
+        write_records(answers_file(output, step), records)
 
     def show_change(self, output, step):
         """Prints how the answers of a step differ from those of step 0. Rank 0 only."""
@@ -97,7 +97,7 @@ class Judge:
             return              # the judge came with --resume
         before = read_answers(output, 0)
         after = read_answers(output, step)
-        if [row["prompt"] for row in before] != self.prompts:
+        if [record["prompt"] for record in before] != self.prompts:
             say("         step 0 was judged by other prompts; there is nothing to compare with")
             return
 
@@ -128,4 +128,4 @@ def answers_file(output, step):
 
 
 def read_answers(output, step):
-    return [row for _, row in read_jsonl(answers_file(output, step))]
+    return [record for _, record in read_jsonl(answers_file(output, step))]

@@ -1,6 +1,6 @@
-"""The Llama / Mistral transformer, scoring preference pairs in packed rows.
+"""The Llama / Mistral / Qwen transformer, scoring preference pairs in packed rows.
 
-    model = load_model("Llama-3-8B-Instruct")               # fp32 weights, strict
+    model = load_model("Llama-3-8B-Instruct")               # fp32 weights
     logits = model(token_ids)                               # (T,) -> (T, V)
     logps = model.response_logps(tokens, [(P, C, R)])       # of the response tokens of a row
     save_model(model, "aligned", like="Llama-3-8B-Instruct")
@@ -15,8 +15,9 @@ Needs torch and safetensors.
 Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
 A row is one plain (T,) sequence of tokens, several texts end to end, without padding. Every layer
-but attention looks at one token at a time, so who sees whom is decided by a single function,
-`attend(layer, q, k, v)`, and where a token stands in its text by `positions`.
+but attention looks at one token at a time. So who sees whom is decided by one function that a
+caller hands in, `attend(layer, q, k, v)`: for a row of pairs that is pair_attention. Where a token
+stands in its text is said by `positions`.
 """
 import json
 import math
@@ -35,7 +36,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -64,9 +64,11 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False          # activation checkpointing of every block
-        self.compute_device = None      # where it computes, if its weights rest elsewhere (offload)
-        self.causal_attention = partial(causal_attention, window=config.window)
+        # distributed.py sets these two: activation checkpointing of every block; and the device
+        # where it computes, if its weights rest on another one (CPU offload).
+        self.recompute = False
+        self.compute_device = None
+        self.causal_attention = partial(causal_attention, window=config.window)     # see cpu.py
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
@@ -115,13 +117,20 @@ class Transformer(nn.Module):
         return self.states(tokens, positions, attend)[predictors], tokens[targets]
 
     def token_logps(self, states, targets):
-        """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)"""
+        """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)
+
+        With autograd, for any loss. Training calls target_logps and target_logps_backward itself
+        (run_row in train.py), so that all pairs share one gradient of the weight.
+        """
+        if not torch.is_grad_enabled():
+            return target_logps(states, self.head_weight, targets, keep=False)[0]
         return TargetLogps.apply(states, self.head_weight, targets)
 
     def states(self, tokens, positions, attend):
         """Final normed hidden states of a row. tokens and positions (T,) int64 -> (T, dim)
 
-        attend(layer, q, k, v) -> (T, H, D) decides who sees whom; layer counts from 0.
+        attend(layer, q, k, v) -> (T, H, D) decides who sees whom. The number of the layer, from 0,
+        is for callers that keep a cache for each (sampler.py).
         """
         x = self.model.embed_tokens(tokens)                                     # (T, dim)
         cos, sin = rope_tables(positions, self.config)                          # (T, 1, D/2)
@@ -142,8 +151,9 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, attend, recompute=False):
-        # Activation checkpointing is in here, and not around the block, so that FSDP2 wraps it and
-        # gathers the weights once for the second forward pass and the backward pass.
+        # Activation checkpointing stands inside the block's forward and not around the block. So
+        # FSDP2, which hooks the block, gathers the weights once for both the second forward pass
+        # and the backward pass.
         if recompute:
             return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
         return self.compute(x, cos, sin, attend)
@@ -191,6 +201,7 @@ class SwiGLU(torch.autograd.Function):
 
     Autograd would also keep silu(gate) and the product. At hidden_dim these are the largest tensors
     of a block, and both are quick to recompute. gate, up (T, hidden_dim) -> (T, dim)
+    No second derivatives.
     """
 
     @staticmethod
@@ -204,9 +215,10 @@ class SwiGLU(torch.autograd.Function):
         gate, up, down = ctx.saved_tensors
         silu = F.silu(gate)                                                     # (T, hidden_dim)
         grad_down = grad.T @ (silu * up)                                        # (dim, hidden_dim)
-        grad = grad @ down                                                      # (T, hidden_dim)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, silu.mul_(grad), grad_down
+        grad_product = grad @ down                                              # (T, hidden_dim)
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        grad_up = silu.mul_(grad_product)                                       # in place
+        return grad_gate, grad_up, grad_down
 
 
 # --- attention in a row of pairs ------------------------------------------------------------------
@@ -221,7 +233,8 @@ def rope_tables(positions, config):
     if s := config.rope_scaling:
         # Llama-3.1 stretches the wavelengths that are longer than its original context by `factor`
         # and keeps the short ones, with a ramp between the two.
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in that context
+        context = s["original_max_position_embeddings"]
+        turns = context * freq / (2 * math.pi)                  # wavelengths in the context
         ramp = s["high_freq_factor"] - s["low_freq_factor"]
         keep = ((turns - s["low_freq_factor"]) / ramp).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / s["factor"])
@@ -254,7 +267,7 @@ def pair_layout(lengths, device=None):
         rejected = chosen + C
         end = rejected + R
         positions += [*range(P + C), *range(P, P + R)]
-        predictors += [*range(chosen - 1, rejected - 1)]
+        predictors += range(chosen - 1, rejected - 1)
         predictors += [chosen - 1, *range(rejected, end - 1)]
         targets += range(chosen, end)
         start = end
@@ -265,8 +278,8 @@ def pair_attention(q, k, v, lengths, attention):
     """Who sees whom in a row of pairs: each response sees its prompt and itself.
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
-    the keys of prompt and rejected. That repeats nothing but the prompt's keys and values. It needs
-    no mask over the row, and on CPUs it was as fast as any other formulation tried, or faster.
+    the keys of prompt and rejected. It needs no mask over the row, and on CPUs it was as fast as
+    any other formulation tried, or faster; on GPUs none was measured.
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
     attention(q, k, v) is causal_attention with the model's window.
@@ -274,7 +287,8 @@ def pair_attention(q, k, v, lengths, attention):
     sizes = []
     for P, C, R in lengths:
         sizes += [P + C, R]
-    # Split once: the gradient of a split is one concatenation, that of a slice a row of zeros.
+    # Split once: the gradient of a split is one concatenation, that of each slice would be a whole
+    # (T, H, D) of zeros but for the slice.
     q = q.split(sizes)
     k = k.split(sizes)
     v = v.split(sizes)
@@ -303,11 +317,14 @@ def causal_attention(q, k, v, window=None):
 
 
 def _full_attention(q, k, v):
-    """Flash kernels: no mask in memory."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    mask = causal_lower_right(Tq, Tk) if Tq < Tk else None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    """Flash kernels: no mask in memory. Their is_causal lets the first query see the first key, so
+    the Tk - Tq queries before ours are filled in with zeros, and what comes of these is left out.
+    For a rejected response that is its prompt's attention once more, a small part of a step."""
+    absent = k.shape[2] - q.shape[2]
+    q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out[:, :, absent:]                                                   # (1, H, Tq, D)
 
 
 def _window_attention(q, k, v, window):
@@ -325,23 +342,23 @@ def _window_attention(q, k, v, window):
 
 # --- the vocabulary head --------------------------------------------------------------------------
 
-# At most so many logits exist at a time, in fp32: on CPUs 8 MiB, which their caches hold, on GPUs
-# 256 MiB. Up to so many of a pair are kept for the backward pass and the rest are recomputed: on
-# GPUs 1 GiB, which is 2,092 tokens at Llama-3's vocabulary.
-BLOCK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
+# Logits that are computed at once, in fp32: 8 MiB on CPUs, whose caches hold that, 256 MiB on GPUs.
+CHUNK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
+# Logits that one call may keep for its backward pass; beyond that they are recomputed. 128 MiB on
+# CPUs, 1 GiB on GPUs, which is 2,092 tokens at Llama-3's vocabulary.
 KEPT_LOGITS = {"cpu": 2**25, "gpu": 2**28}
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(states @ weight.T)[target] by target_logps, with its gradient.
+    """log softmax(states @ weight.T)[target] by target_logps, with its exact gradient.
 
-    states (N, dim), weight (V, dim), targets (N,) -> (N,)
+    states (N, dim), weight (V, dim), targets (N,) -> (N,). No second derivatives.
     """
 
     @staticmethod
     def forward(ctx, states, weight, targets):
         keep = any(ctx.needs_input_grad)
-        logps, logsumexp, ctx.blocks = target_logps(states, weight, targets, keep)
+        logps, logsumexp, ctx.kept = target_logps(states, weight, targets, keep)
         ctx.save_for_backward(states, weight, targets, logsumexp)
         return logps
 
@@ -350,80 +367,88 @@ class TargetLogps(torch.autograd.Function):
     def backward(ctx, grad):
         weight = ctx.saved_tensors[1]
         grad_weight = torch.zeros_like(weight)
-        blocks = ctx.blocks
-        # What was kept is overwritten now; a second backward pass recomputes it.
-        ctx.blocks = [(None, largest) for _, largest in blocks]
-        grad_states = target_logps_backward(grad, *ctx.saved_tensors, blocks, grad_weight)
+        kept = ctx.kept
+        # What was kept is used up now; a second backward pass recomputes it.
+        ctx.kept = [(None, largest) for _, largest in kept]
+        grad_states = target_logps_backward(grad, *ctx.saved_tensors, kept, grad_weight)
         return grad_states, grad_weight, None
 
 
 @torch.no_grad()
 def target_logps(states, weight, targets, keep):
-    """Log-probs of targets by online softmax: the vocabulary is read a block after another, with
-    the largest logit so far and the sum of exponentials so far. states (N, dim), weight (V, dim).
+    """Log-probs of targets by online softmax: the vocabulary is read chunk after chunk, with the
+    largest logit so far and the sum of exponentials so far. states (N, dim), weight (V, dim),
+    targets (N,).
 
-    A log-prob is z[target] - logsumexp(z), in fp32 at least. At a vocabulary of 128k and the logits
+    A log-prob is z[target] - logsumexp(z), from fp32 logits. At a vocabulary of 128k and the logits
     of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
 
-    Returns what target_logps_backward takes: log-probs (N,); logsumexp of the logits (N, 1); and of
-    each block exp(z - largest), (N, v), and the `largest` that was subtracted, (N, 1). With `keep`
-    the exponentials are kept up to KEPT_LOGITS in all; the others are None.
+    Returns log-probs (N,), and what target_logps_backward takes beside their gradient: logsumexp of
+    the logits (N, 1); and for each chunk of v logits exp(z - largest), (N, v), and the `largest`
+    that was subtracted, (N, 1). With `keep` the exponentials are kept up to KEPT_LOGITS in all; the
+    others are None.
     """
-    blocks = []
+    kept = []
     room = _limit(KEPT_LOGITS, states) if keep else 0
-    largest = -torch.inf
+    largest = -torch.inf                            # (N, 1) from the first chunk on, as are these:
     total = 0
     target_z = 0
-    for _, weights, here, column in _vocabulary_blocks(states, weight, targets):
+    for _, weights, in_chunk, column in _vocabulary_chunks(states, weight, targets):
         z = _logits(states, weights)                                            # (N, v)
-        target_z = target_z + torch.where(here[:, None], z.gather(1, column), 0)
+        target_z = target_z + torch.where(in_chunk[:, None], z.gather(1, column), 0)
         before = largest
-        largest = z.amax(-1, keepdim=True).clamp_(min=before)                   # (N, 1)
+        largest = z.amax(-1, keepdim=True).clamp_(min=before)
         z.sub_(largest).exp_()
         total = total * (before - largest).exp() + z.sum(-1, keepdim=True)
         room -= z.numel()
-        blocks.append((z if room >= 0 else None, largest))
-        del z                                       # free a block before the next one is made
+        kept.append((z if room >= 0 else None, largest))
+        del z                                       # before the next chunk is made
     logps = (target_z - largest - total.log())[:, 0]
-    return logps, largest + total.log(), blocks
+    return logps, largest + total.log(), kept
 
 
 @torch.no_grad()
-def target_logps_backward(grad, states, weight, targets, logsumexp, blocks, grad_weight):
-    """The gradient of states (N, dim) from that of the log-probs, `grad` (N,). Adds the gradient of
-    the weight to grad_weight (V, dim), so that a caller who works a pair at a time needs one of
-    these alone. Overwrites the exponentials that were kept."""
+def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_weight):
+    """The gradient of states (N, dim) from that of the log-probs, `grad` (N,).
+
+    The gradient of the weight is added to grad_weight (V, dim) and not returned, so that one buffer
+    serves all pairs. What target_logps kept is used up.
+    """
     grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
     grad = grad[:, None]
-    vocabulary = _vocabulary_blocks(states, weight, targets)
-    for (exps, largest), (block, weights, here, column) in zip(blocks, vocabulary):
+    vocabulary = _vocabulary_chunks(states, weight, targets)
+    for i, (chunk, weights, in_chunk, column) in enumerate(vocabulary):
+        exps, largest = kept[i]
+        kept[i] = None                              # freed at the end of this turn
         if exps is None:
             exps = _logits(states, weights).sub_(largest).exp_()
         # d logp / d logits = onehot(target) - softmax(logits)
         grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())            # (N, v)
-        grad_logits.scatter_add_(1, column, torch.where(here[:, None], grad, 0))
+        grad_logits.scatter_add_(1, column, torch.where(in_chunk[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
         grad_states += grad_logits @ weights
-        grad_weight[block].addmm_(grad_logits.T, states)
-        del exps, grad_logits
+        grad_weight[chunk].addmm_(grad_logits.T, states)
+        del exps, grad_logits                       # before the next chunk is recomputed
     return grad_states.to(states.dtype)
 
 
-def _vocabulary_blocks(states, weight, targets):
-    """The vocabulary in blocks of v tokens, so that N * v is at most BLOCK_LOGITS.
+def _vocabulary_chunks(states, weight, targets):
+    """The vocabulary in chunks of v tokens, so that N * v is at most CHUNK_LOGITS.
 
-    Yields the slice of a block; its weights (v, dim); which targets are in it (N,); and their
+    Yields the slice of a chunk; its weights (v, dim); which targets are in it (N,); and their
     columns there (N, 1), 0 for the targets that are not.
     """
-    size = max(1, _limit(BLOCK_LOGITS, states) // len(states))
+    size = max(1, _limit(CHUNK_LOGITS, states) // len(states))
     for start in range(0, len(weight), size):
-        block = slice(start, min(start + size, len(weight)))
-        here = (targets >= start) & (targets < block.stop)
-        column = torch.where(here, targets - start, 0)[:, None]
-        yield block, weight[block], here, column
+        chunk = slice(start, min(start + size, len(weight)))
+        in_chunk = (targets >= start) & (targets < chunk.stop)
+        column = torch.where(in_chunk, targets - start, 0)[:, None]
+        yield chunk, weight[chunk], in_chunk, column
 
 
 def _logits(states, weight):
+    """Logits in fp32 (float64 of float64). The product is formed in the dtype of the states: bf16
+    states give logits that were rounded to bf16, as in any bf16 training."""
     return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
 
 

@@ -10,7 +10,7 @@ loaded, so the model's folder may hold config.json alone. A line for each number
                     over; exact
     gathered        bf16 weights of the root and of two blocks, gradients of one in bf16 and fp32
     activations     of a full row
-    logits          of one pair, up to KEPT_LOGITS, and of a block more
+    logits          of one pair, up to KEPT_LOGITS, and of a chunk more
     waiting         whole fp32 gradients, which wait between the micro-batches of a step
 """
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model import BLOCK_LOGITS, KEPT_LOGITS, Transformer, read_config
+from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 
 # The fields of train.py's TrainConfig that change the memory, with their defaults.
 NUMBERS = {"tokens_per_micro_batch": 8192, "max_length": 2048, "pairs_per_step": 128}
@@ -43,6 +43,7 @@ def kept_per_token(c, recompute):
 
 def plan(args):
     """Prints what each GPU would hold at its fullest."""
+    # 1. The sizes of the model, which takes no memory itself.
     c = read_config(args.model)
     with torch.device("meta"):
         model = Transformer(c)
@@ -51,21 +52,24 @@ def plan(args):
     root = n - c.n_layers * block               # embedding, last norm and head
     tokens = args.tokens_per_micro_batch
 
+    # 2. What does not depend on the number of GPUs.
     kept_logits = min(KEPT_LOGITS["gpu"], 2 * args.max_length * c.vocab_size)
     parts = {
         "gathered": BF16 * (root + 2 * block) + (BF16 + FP32) * max(root, block),
         "activations": BF16 * tokens * kept_per_token(c, args.recompute),
-        "logits": FP32 * kept_logits + (FP32 + BF16) * BLOCK_LOGITS["gpu"],
+        "logits": FP32 * kept_logits + (FP32 + BF16) * CHUNK_LOGITS["gpu"],
     }
     waiting = 0 if args.sync_every_micro_batch else FP32 * n
     recomputing = "with" if args.recompute else "without"
     print(f"{args.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; "
           f"rows of {tokens} tokens, {recomputing} recomputation; GB a GPU:")
+
+    # 3. A line for each number of them.
     titles = "".join(f"{name:>13}" for name in parts)
     print(f"{'GPUs':>6}{'state':>10}{titles}{'waiting':>10}{'in all':>10}   a step")
     for gpus in args.gpus:
         shards = min(gpus, GPUS_OF_A_NODE) if args.shard_within_node else gpus
-        state = 0 if args.cpu_offload else 4 * FP32 * n / shards
+        state = 0 if args.cpu_offload else 4 * FP32 * n / shards    # in CPU memory then
         total = state + sum(parts.values()) + waiting
         sizes = "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
         longest = gpus * tokens / args.pairs_per_step
@@ -83,6 +87,7 @@ def parse_args(argv):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
+    # Flags win over the recipe, so it is read between two rounds of parsing.
     recipe = parser.parse_args(argv).recipe
     if recipe:
         parser.set_defaults(**read_recipe(Path(recipe)))

@@ -53,8 +53,8 @@ def style(axes, title, x, y):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def column(rows, name):
-    return [row[name] for row in rows]
+def column(records, name):
+    return [record[name] for record in records]
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -156,16 +156,16 @@ def drift(file):
     """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
     a line joins the means at each learning rate."""
     # A label is a method or an alpha; each has a color.
-    rows_by_label = {}
-    for _, row in read_jsonl(file):
-        rows_by_label.setdefault(row["label"], []).append(row)
+    records_by_label = {}
+    for _, record in read_jsonl(file):
+        records_by_label.setdefault(record["label"], []).append(record)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
-    for label, rows in rows_by_label.items():
-        alpha = rows[0]["alpha"]
+    for label, records in records_by_label.items():
+        alpha = records[0]["alpha"]
         color = "tab:green" if alpha is None else color_of(alpha)       # DPO has no alpha
-        draw_drift(left, "score", rows, color, label)
-        draw_drift(right, "displacement_chosen", rows, color, label)
+        draw_drift(left, "score", records, color, label)
+        draw_drift(right, "displacement_chosen", records, color, label)
 
     style(left, "score of sampled answers", "KL to the start, nats per token", "judge's mean score")
     style(right, "likelihood displacement", "KL to the start, nats per token",
@@ -175,15 +175,15 @@ def drift(file):
     return figure
 
 
-def draw_drift(panel, metric, rows, color, label):
+def draw_drift(panel, metric, records, color, label):
     """Draws a metric of runs against their KL: a point a run, and a line through the means."""
-    panel.scatter(column(rows, "kl"), column(rows, metric), color=color, s=12, alpha=0.5)
+    panel.scatter(column(records, "kl"), column(records, metric), color=color, s=12, alpha=0.5)
 
     # Runs of one learning rate differ by their seed alone.
     mean_kls = []
     mean_values = []
-    for rate in sorted({row["learning_rate"] for row in rows}):
-        same_rate = [row for row in rows if row["learning_rate"] == rate]
+    for rate in sorted({record["learning_rate"] for record in records}):
+        same_rate = [record for record in records if record["learning_rate"] == rate]
         mean_kls.append(statistics.mean(column(same_rate, "kl")))
         mean_values.append(statistics.mean(column(same_rate, metric)))
     panel.plot(mean_kls, mean_values, color=color, linewidth=1, label=label)

@@ -14,16 +14,12 @@ P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocab
 """
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
-
-from data.dialogues import as_messages
-from model import causal_attention
 
 
 # --- the KV cache ---------------------------------------------------------------------------------
@@ -37,7 +33,7 @@ class KVCache:
     def __init__(self, model, B, S):
         c = model.config
         self.window = c.window
-        self.causal_attention = partial(causal_attention, window=c.window)
+        self.causal_attention = model.causal_attention
         # The tokens of a head lie side by side, because attention reads one head at a time.
         self.shape = (c.n_layers, B, c.n_kv_heads, S, c.head_dim)
         # Allocated in the dtype and on the device of the first keys.
@@ -324,7 +320,9 @@ def answer(model, chat, prompts, *, seed=0, **settings):
     encoded = []
     seeds = []
     for i, prompt in enumerate(prompts):
-        encoded.append(chat.encode_prompt(as_messages(prompt)))
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        encoded.append(chat.encode_prompt(prompt))
         seeds.append((seed, i))
     answers = generate(model, encoded, seeds=seeds, stop_ids=chat.stop_ids, **settings)
     texts = []

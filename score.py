@@ -1,4 +1,4 @@
-"""Scores sampled answers: adds `all_rm_scores` to rows of `prompt` and `all_generated_responses`.
+"""Scores sampled answers: adds `all_rm_scores` to files of prompts and answers.
 
     python score.py --input answers.jsonl --output scored.jsonl --judge data/tiny/judge.py:score
     python score.py --input answers.jsonl --output scored.jsonl --reward_model ArmoRM-Llama3-8B-v0.1
@@ -34,10 +34,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.files import parse_line, read_rows, written_whole
+import cpu
+from data.files import parse_line, read_records, written_whole
 from data.preference import as_answers
 from judge import load_judge
-from model import Transformer, causal_attention, checkpoint_tensors, load_model
+from model import Transformer, checkpoint_tensors, load_model
 from tokenizer import CHAT_FORMATS, load_chat
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
@@ -83,7 +84,7 @@ class JudgeScorer:
 
 class ScalarReward(Transformer):
     """A Transformer whose head is one number: `score.weight` (1, dim)."""
-    others = ("num_labels",)        # fields of config.json that are handled here
+    handled = ("num_labels",)       # fields of config.json that are handled here
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
@@ -109,7 +110,7 @@ class GatedReward(Transformer):
         "gating_n_hidden": 3,           # hidden layers of the gate, an MLP
         "gating_temperature": 10,
     }
-    others = ("num_labels", "auto_map", *defaults)
+    handled = ("num_labels", "auto_map", *defaults)
     # A prompt ends with <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n. The gate
     # reads the first of these.
     prompt_end = [128009, 128006, 78191, 128007, 271]
@@ -164,7 +165,8 @@ def load_reward_model(folder, dtype=torch.float32, device="cpu"):
         text = (Path(folder) / "config.json").read_text(encoding="utf-8")
         return kind(config, json.loads(text))
 
-    model = load_model(folder, dtype, device, build=build, others=kind.others)
+    model = load_model(folder, dtype, device, build=build, handled=kind.handled)
+    # Names of the body begin with "model.", as in any Hugging Face folder; the rest is the head.
     for name, p in model.named_parameters():
         if not name.startswith("model."):
             p.data = p.data.float()
@@ -193,9 +195,9 @@ def rewards(model, prompt, answers):
             q_one = torch.cat((q[:P], q[start:end]))
             k_one = torch.cat((k[:P], k[start:end]))
             v_one = torch.cat((v[:P], v[start:end]))
-            one = causal_attention(q_one, k_one, v_one, model.config.window)
-            if start > P:
-                one = one[P:]       # the first answer brought the prompt's part
+            one = model.causal_attention(q_one, k_one, v_one)
+            if out:
+                one = one[P:]       # the prompt's part came with the first answer
             out.append(one)
         return torch.cat(out)                                   # (T, H, D)
 
@@ -222,6 +224,7 @@ class RewardScorer:
             self.model = load_reward_model(folder, torch.bfloat16, "cuda")
         else:
             self.model = load_reward_model(folder, torch.float32, "cpu")
+            cpu.speed_up(self.model)
         self._check_layout()
         self.name = Path(folder).resolve().name         # in the output
         if self.chat.date:                              # of a chat template that writes it
@@ -280,19 +283,19 @@ class RewardScorer:
 # --- files ----------------------------------------------------------------------------------------
 
 def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_stands=False):
-    """Yields ("file:line", row, prompt turns, answers) of a file of rows. ValueError names the bad
-    lines. One whose answer is too long for a scorer is among them."""
-    def answers_to_score(row, source):
-        turns, answers = as_answers(row, as_it_stands)
+    """Yields ("file:line", record, prompt turns, answers) of a file of records. ValueError names
+    the bad lines. One whose answer is too long for a scorer is among them."""
+    def answers_to_score(record, source):
+        turns, answers = as_answers(record, as_it_stands)
         if not answers:
             raise ValueError("all_generated_responses is empty; expected an answer or more")
         for scorer in scorers:
             scorer.check(turns, answers)
-        return row, turns, answers
+        return record, turns, answers
 
-    for source, found in read_rows([path], answers_to_score, dropped, skip_bad_lines):
-        row, turns, answers = found
-        yield source, row, turns, answers
+    for source, found in read_records([path], answers_to_score, dropped, skip_bad_lines):
+        record, turns, answers = found
+        yield source, record, turns, answers
 
 
 def scored_before(path, lines, names):
@@ -314,10 +317,10 @@ def scored_before(path, lines, names):
             if not text.endswith(b"\n") and is_ours:
                 break
             found = parse_line(f"{path}:{done + 1}", text)
-            source, row, _, _ = next(lines, ("no more lines", {}, [], []))
+            source, record, _, _ = next(lines, ("no more lines", {}, [], []))
             is_same = found.get("scorers") == names
             for name in SCORED_FIELDS:
-                is_same = is_same and found.get(name) == row.get(name)
+                is_same = is_same and found.get(name) == record.get(name)
             if not is_same:
                 raise ValueError(
                     f"{path}:{done + 1}: found another line than {source} scored by "
@@ -371,10 +374,11 @@ def parse_args(argv):
     return args
 
 
-def score_line(source, row, turns, answers, scorers):
-    """(the row with its scores, the list of each scorer). ValueError names the line."""
+def score_line(source, record, turns, answers, scorers):
+    """(the record with its scores, the list of each scorer). ValueError names the line."""
     try:
         scores = [scorer(turns, answers) for scorer in scorers]
+        # A NaN would be the best or the worst answer by the order of comparisons.
         for of_one in scores:
             if not all(map(math.isfinite, of_one)):
                 raise ValueError(f"scores {scores} are not all finite")
@@ -384,12 +388,12 @@ def score_line(source, row, turns, answers, scorers):
         e.add_note(f"at {source}")      # a mistake in the judge: its traceback is needed
         raise
     # What another call wrote of scores is replaced, and the pair that was made of them.
-    row = {name: value for name, value in row.items() if name not in STALE}
-    row["all_rm_scores"] = [statistics.fmean(of_answer) for of_answer in zip(*scores)]
+    record = {name: value for name, value in record.items() if name not in STALE}
+    record["all_rm_scores"] = [statistics.fmean(of_answer) for of_answer in zip(*scores)]
     if len(scorers) > 1:
-        row["all_scorer_scores"] = scores
-    row["scorers"] = [scorer.name for scorer in scorers]
-    return row, scores
+        record["all_scorer_scores"] = scores
+    record["scorers"] = [scorer.name for scorer in scorers]
+    return record, scores
 
 
 def score_lines(lines, scorers, file, done, total):
@@ -402,11 +406,11 @@ def score_lines(lines, scorers, file, done, total):
     began = time.time()
     told = began            # when a line of progress was printed
     with open(file, "a", encoding="utf-8") as f:
-        for n, (source, row, turns, answers) in enumerate(lines, 1):
-            scored, new = score_line(source, row, turns, answers, scorers)
+        for n, (source, record, turns, answers) in enumerate(lines, 1):
+            scored, new = score_line(source, record, turns, answers, scorers)
             # Flushed, because a line may be an hour's or a dollar's worth.
             print(json.dumps(scored, ensure_ascii=False), file=f, flush=True)
-            n_stale += any(name in row for name in STALE)
+            n_stale += any(name in record for name in STALE)
             for of_one, new_of_one in zip(scores, new):
                 of_one += new_of_one
             now = time.time()

@@ -39,15 +39,15 @@ import tiktoken
 # --- tokenizers -----------------------------------------------------------------------------------
 #
 # A text is cut at the names of added tokens, and the runs of text between them are encoded one by
-# one. Sentencepiece begins a text with a space, so it matters at which place a run stands:
+# one. Sentencepiece begins a text with a space, so it matters where a run is, its place:
 #
 #   "text"      by itself
 #   "start"     at the start of a rendered dialogue
-#   "after"     behind an added token
-#   "inside"    behind other text
+#   "after"     after an added token
+#   "inside"    after other text
 
-# The places where a run gets a space in front, by the words of tokenizer.json for it. "every" is
-# the one that puts a space even before a run of a dialogue that begins with one.
+# The places at which a run gets a space in front. The keys are tokenizer.json's own words, and
+# "every", under which a run of a dialogue gets one even if it begins with a space itself.
 SPACED_PLACES = {
     "every": ("text", "start", "after"),
     "always": ("text", "start", "after"),
@@ -55,8 +55,8 @@ SPACED_PLACES = {
     "never": (),
 }
 
-# A chat template mixes its control tokens with content in one string. BREAK is put into names of
-# control tokens that stand in content (ChatTemplate.break_control), so that they are not found
+# A chat template writes its control tokens and the content into one string. BREAK is put into names
+# of control tokens that occur in content (ChatTemplate.break_control), so that they are not found
 # there, and is taken out again when the string is encoded (without_breaks). Unicode reserves this
 # character for use inside a program; where content holds it nevertheless, it is doubled.
 BREAK = "\ufdd0"
@@ -65,14 +65,10 @@ BREAK = "\ufdd0"
 class Tokenizer:
     """What all tokenizers share: added tokens, and text in runs between them.
 
-    Subclasses encode and decode a run of text. Attributes:
-        special: {name: id} of control tokens, which text never turns into
-        words: {name: id} of the other added tokens, such as Qwen's <think>: a model writes them as
-            one token and they show in text, so text turns into them
-        names, name_of: {name: id} and {id: name} of both
-        bos_id, eos_id: the begin and the end token, None where the files name none
-        text_size: every id that text turns into is below it
-        vocab_size: every id is below it
+    special: {name: id} of control tokens, which text never turns into. words: {name: id} of the
+    other added tokens, such as Qwen's <think>: a model writes them as one token and they show in
+    text, so text turns into them. bos, eos: names of the begin and the end token. text_size: the
+    ids of runs are below it. Subclasses encode and decode a run.
     """
 
     note = ""           # in words, if other programs read the same files otherwise
@@ -82,20 +78,21 @@ class Tokenizer:
         self.words = dict(words)
         self.names = self.special | self.words
         self.name_of = {i: name for name, i in self.names.items()}
-        self.bos_id = self.names.get(bos)
+        self.bos_id = self.names.get(bos)           # None where the files name none
         self.eos_id = self.names.get(eos)
 
-        # Control tokens may lie past the ids of text; text never turns into them.
+        # Ids that text turns into are below text_size, all ids below vocab_size.
         self.text_size = 1 + max([text_size - 1, *self.words.values()])
         self.vocab_size = 1 + max([self.text_size - 1, *self.special.values()])
 
+        # Text is cut at words alone, what a chat template rendered at all names.
         self.find_word = any_of(self.words)
         self.find_name = any_of(self.names)
 
     def encode(self, text, *, bos, eos):
         """Ids of a text. bos, eos: whether to add the begin and the end token.
 
-        Neither has a default, so that no token is added twice by two callers. ValueError if the
+        Neither has a default, so that nobody adds a second begin token unawares. ValueError if the
         files name no such token.
         """
         if (bos and self.bos_id is None) or (eos and self.eos_id is None):
@@ -109,26 +106,21 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text, place):
-        """Ids of a text that stands at `place`; names of control tokens in it are text."""
-        parts = self.find_word.split(text)
-        return self._encode_parts(parts, place)
+        """Ids of a text at `place`; names of control tokens in it are text."""
+        return self._encode_parts(self.find_word.split(text), place)
 
     def encode_rendered(self, text, place="start"):
-        """Ids of a text that a chat template rendered: names of control tokens stand for them."""
-        parts = []
-        for part in self.find_name.split(text):
-            parts.append(without_breaks(part))
+        """Ids of a text that a chat template rendered: names of control tokens are those tokens."""
+        parts = [without_breaks(part) for part in self.find_name.split(text)]
         return self._encode_parts(parts, place)
 
     def _encode_parts(self, parts, place):
-        """parts: text, a name, text, a name, ..., text, as `split` of any_of's pattern gives it."""
         ids = []
         for n, part in enumerate(parts):
-            is_name = n % 2 == 1
-            if is_name:
+            if n % 2:                       # the parts are text, a name, text, a name, ..., text
                 ids.append(self.names[part])
                 place = "after"
-            elif part:
+            elif part:                      # empty between two names in a row
                 ids += self.encode_run(part, place)
         return ids
 
@@ -148,6 +140,7 @@ class Tokenizer:
             if i not in self.name_of:
                 run.append(i)
                 continue
+            # An added token ends the run.
             text += self.decode_run(run, place)
             if self.name_of[i] in shown:
                 text += self.name_of[i]
@@ -162,16 +155,16 @@ class Tokenizer:
         return self.run_piece(i)
 
     def reserve(self, names):
-        """Makes control tokens of those words that are among `names`.
-
-        For what a chat layout writes around turns, whatever the files call it.
-        """
+        """Makes control tokens of words: those that a chat layout writes around turns."""
+        # find_name stays as it is: it looks for both kinds.
         for name in self.words.keys() & set(names):
             self.special[name] = self.words.pop(name)
         self.find_word = any_of(self.words)
 
+    # What subclasses define, for a run of text that holds no added token.
+
     def encode_run(self, text, place):
-        """Ids of a run of text, which stands at `place`."""
+        """Ids of a run of text at `place`."""
         raise NotImplementedError
 
     def decode_run(self, ids, place):
@@ -184,14 +177,15 @@ class Tokenizer:
 
 
 def any_of(names):
-    """A pattern that finds the longest of `names`. Its `split` keeps the names between the parts.
+    """A pattern that finds the longest of `names`.
 
-    So the parts are text, a name, text, a name, ..., text.
+    Its `split` keeps the names: the parts are text, a name, text, a name, ..., text.
     """
     longest_first = sorted(names, key=len, reverse=True)
     alternatives = "|".join(map(re.escape, longest_first))
-    nothing = "(?!)"            # matches nowhere; an empty alternative would match everywhere
-    return re.compile(f"({alternatives or nothing})")
+    if not alternatives:
+        alternatives = "(?!)"               # matches nowhere, where "" would match everywhere
+    return re.compile(f"({alternatives})")
 
 
 def without_breaks(text):
@@ -200,21 +194,19 @@ def without_breaks(text):
 
 
 def first_difference(a, b):
-    """The first index at which two sequences differ.
-
-    The length of the shorter one where it is the beginning of the other.
-    """
+    """The first index at which two sequences differ."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return i
-    return min(len(a), len(b))
+    return min(len(a), len(b))              # one is the beginning of the other
 
 
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE of Llama-3, SmolLM2 and Qwen, merged by tiktoken.
 
     ranks: {bytes: id}; the pair whose result has the lowest id is merged first.
-    pattern: how text is cut before that. normal_form: of Unicode, that text is brought to.
+    pattern: how text is cut before that. normal_form: the Unicode form, such as "NFC", that text is
+    brought to first.
     """
 
     def __init__(self, ranks, pattern, special, bos=None, eos=None, normal_form=None, words=()):
@@ -238,6 +230,7 @@ class BytePairTokenizer(Tokenizer):
         if self.normal_form:
             text = unicodedata.normalize(self.normal_form, text)
         ids = self.model.encode_ordinary(text)
+        # The tokenizers library drops such bytes silently.
         if ids and max(ids) >= self.vocab_size:
             raise ValueError(f"text holds a character whose bytes are not in the vocabulary: "
                              f"{text[:80]!r}")
@@ -265,7 +258,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken ranks "
                              f"({e})") from None
 
-        # The model file has control tokens and their roles; other files may add some.
+        # The model file knows its control tokens, the begin and the end token among them.
         control = {}
         for i in range(self.model.vocab_size()):
             if self.model.is_control(i):
@@ -273,9 +266,8 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(control | dict(special), words, None, None, self.model.vocab_size())
         self.bos_id = self.model.bos_id()
         self.eos_id = self.model.eos_id()
-
         self.spaced_places = SPACED_PLACES[prepend_scheme]
-        self.newline = self.model.encode("\n")
+        self.newline = self.model.encode("\n")      # with the space that the library puts before
 
     def encode_run(self, text, place):
         ids = self._encode_run(text, place)
@@ -283,7 +275,7 @@ class SentencePieceTokenizer(Tokenizer):
             return ids
 
         # The model itself knows a symbol that another file declares a control token, and found it
-        # in the text. It is not found in text that is cut behind the first letter of its name.
+        # in the text. It is not found in text that is cut after the first letter of its name.
         first_letters = [re.escape(name[:1]) for name in self.special]
         cut = re.compile("(?<=" + "|".join(first_letters) + ")")
         ids = []
@@ -293,7 +285,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_run(self, text, place):
-        # The library puts a space before every text: right where one belongs there.
+        # The library puts a space before every text, which is right where one belongs there.
         spaced = text.startswith(" ") and place != "text"
         if place in self.spaced_places and not spaced:
             return self.model.encode(text)
@@ -307,8 +299,9 @@ class SentencePieceTokenizer(Tokenizer):
         return ids[n:]
 
     def decode_run(self, ids, place):
+        # Ids past the model's own are added tokens, or nothing.
         text = self.model.decode([i for i in ids if i < self.model.vocab_size()])
-        # The library takes the first space away, also where none was put.
+        # The library takes the first space away; where none was put in front, it is the text's own.
         if place not in self.spaced_places and ids and self.run_piece(ids[0]).startswith("▁"):
             return " " + text
         return text
@@ -336,6 +329,8 @@ class CharacterPairTokenizer(Tokenizer):
         self.prepend_scheme = prepend_scheme
         self.spaced_places = SPACED_PLACES[prepend_scheme]
         self.find_whole = any_of(whole)
+
+        # A character without a token is written as the tokens of its UTF-8 bytes.
         self.piece_of = {i: token for token, i in self.vocab.items() if i not in self.name_of}
         self.byte_id = {b: vocab[byte_name(b)] for b in range(256)}
         self.byte_of = {i: b for b, i in self.byte_id.items()}
@@ -347,15 +342,13 @@ class CharacterPairTokenizer(Tokenizer):
                 self.rank[left, right] = rank
 
         # Two characters that stand side by side in no token are never merged, so text is cut
-        # between them. The parts are short and come again and again: they are remembered.
-        self.neighbors = set()
-        for token in vocab:
-            for a, b in pairwise(token):
-                self.neighbors.add(a + b)
+        # between them. The parts are short and come again and again, so their ids are cached.
+        self.neighbors = {a + b for token in vocab for a, b in pairwise(token)}
         self.merge = lru_cache(2**17)(self._merge)
 
     def encode_run(self, text, place):
         text = text.replace(" ", "▁")
+        # Only the scheme "every" gives a run that begins with a space a second one.
         if place in self.spaced_places:
             spaced = text.startswith("▁") and place != "text"
             if self.prepend_scheme == "every" or not spaced:
@@ -363,8 +356,7 @@ class CharacterPairTokenizer(Tokenizer):
 
         ids = []
         for n, part in enumerate(self.find_whole.split(text)):
-            is_whole = n % 2 == 1           # the parts are text, a whole piece, text, ...
-            if is_whole:
+            if n % 2:                       # the parts are text, a whole piece, text, ...
                 ids.append(self.vocab[part])
             else:
                 ids += self._encode_part(part)
@@ -373,7 +365,7 @@ class CharacterPairTokenizer(Tokenizer):
     def _encode_part(self, text):
         """Ids of text without whole pieces, cut where nothing is merged."""
         ids = []
-        start = 0
+        start = 0                           # of the part after the last cut
         for end, (a, b) in enumerate(pairwise(text), 1):
             if a + b not in self.neighbors:
                 ids += self.merge(text[start:end])
@@ -391,8 +383,7 @@ class CharacterPairTokenizer(Tokenizer):
         token = list(text)                      # token[i] starts at i; None once it is merged away
         after = [*range(1, n), None]            # the start of the next token
         before = [None, *range(n - 1)]          # the start of the token before
-
-        heap = []
+        heap = []                               # (rank, start, pair) of pairs to merge
 
         def offer(left):
             right = after[left]
@@ -401,8 +392,8 @@ class CharacterPairTokenizer(Tokenizer):
                 if pair in self.rank:
                     heapq.heappush(heap, (self.rank[pair], left, pair))
 
-        for i in range(n):
-            offer(i)
+        for start in range(n):
+            offer(start)
         while heap:
             _, left, pair = heapq.heappop(heap)
             right = after[left]
@@ -416,11 +407,12 @@ class CharacterPairTokenizer(Tokenizer):
             if after[left] is not None:
                 before[after[left]] = left
 
-            # It makes new pairs with its neighbors.
+            # The longer token makes new pairs with its neighbors.
             if before[left] is not None:
                 offer(before[left])
             offer(left)
 
+        # What is left is in the vocabulary, or a character that is written as its bytes.
         ids = []
         for part in filter(None, token):
             if part in self.vocab:
@@ -437,9 +429,8 @@ class CharacterPairTokenizer(Tokenizer):
             else:
                 content += self.piece_of.get(i, "").encode()
         text = content.decode("utf-8", "replace").replace("▁", " ")
-        if place in self.spaced_places:
-            return text.removeprefix(" ")
-        return text
+        # The space that encode_run put in front goes away again.
+        return text.removeprefix(" ") if place in self.spaced_places else text
 
     def run_piece(self, i):
         return self.piece_of.get(i, "")
@@ -452,39 +443,31 @@ def byte_name(b):
 
 # --- tokenizer files ------------------------------------------------------------------------------
 
-# How text is cut before byte pairs are merged: Llama-3's own pattern, GPT-2's, and GPT-2's with
-# digits one by one.
+# How text is cut before byte pairs are merged, so that no token reaches from one word into the
+# next. Llama-3: letters with the character before them, digits by threes, marks with the newlines
+# after them, white space.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# GPT-2: letters, digits or marks with the space before them, white space.
 GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|"
                 r"\s+(?!\S)|\s+")
+# GPT-2's, after a step that takes digits out one by one (SmolLM2).
 DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|"
                   r"\s+(?![^\s\p{N}])|\s+")
 
 # Llama-3's tokenizer.model holds the byte pairs only; its 256 control tokens follow them in this
 # order.
 LLAMA3_SPECIAL = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
+    "<|begin_of_text|>", "<|end_of_text|>",
+    "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
 ]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
 
 # The tokens that transformers' classes have where tokenizer_config.json does not name them.
 CLASS_TOKENS = {
-    "LlamaTokenizer": {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    },
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
@@ -495,10 +478,11 @@ CLASS_TOKENS = {
 
 @dataclass
 class AddedTokens:
-    """What the files of a folder add to a vocabulary, see Tokenizer."""
+    """What the files of a folder add to a vocabulary."""
+
     special: dict       # {name: id} of control tokens
     words: dict         # {name: id} of the other tokens
-    whole: dict         # {piece: id} of words that are found only behind a space, see _sort_tokens
+    whole: dict         # {piece: id} of words that are found only after a space
     bos: str            # name of the begin token; None where the files name none
     eos: str            # name of the end token; None where the files name none
 
@@ -508,8 +492,8 @@ def load_tokenizer(folder):
 
     It reads tokenizer.json, else tokenizer.model, else original/tokenizer.model (Meta's).
     tokenizer.json goes first because transformers, vLLM and others read it. The kind of a file is
-    told from its content. ValueError names the file that cannot be read exactly, or the one to
-    fetch.
+    recognized by its content. ValueError names the file that cannot be read exactly, or the one
+    to fetch.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -518,12 +502,13 @@ def load_tokenizer(folder):
     try:
         return _read_folder(folder)
     except (KeyError, IndexError, TypeError, AttributeError) as e:
-        # What no check below foresaw: a list where an object belongs, a field that is absent.
+        # No check below foresaw this: a list where an object belongs, a field that is absent.
         raise ValueError(f"{folder}: its tokenizer files are not written as such files are "
                          f"({type(e).__name__}: {e}); fetch them again") from e
 
 
 def _read_folder(folder):
+    # The settings, and what they add, go with either kind of file.
     settings = _read_json(folder / "tokenizer_config.json")
     spec = _read_json(folder / "tokenizer.json")
     added = _added_tokens(folder, settings, spec)
@@ -531,6 +516,8 @@ def _read_folder(folder):
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json", spec, added)
         tokenizer.note = _other_reading(folder, settings, tokenizer)
         return tokenizer
+
+    # Meta's own folders have tokenizer.model in a folder of its own.
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if path.exists():
             return _read_tokenizer_model(path, settings, added)
@@ -551,7 +538,7 @@ def _read_json(path):
     return content
 
 
-# The tokens that files add, and the names that they give some of them.
+# Added tokens, and the roles that the settings give some of them.
 
 def token_names(folder):
     """{"bos_token": "<s>", ...}: the tokens that a folder's settings name.
@@ -559,6 +546,7 @@ def token_names(folder):
     Chat templates get them under these keys.
     """
     folder = Path(folder)
+    # tokenizer_config.json counts where both files name a token.
     settings = _read_json(folder / "special_tokens_map.json")
     settings |= _read_json(folder / "tokenizer_config.json")
     family = str(settings.get("tokenizer_class")).removesuffix("Fast")
@@ -581,8 +569,11 @@ def _added_tokens(folder, settings, spec):
     """The AddedTokens of tokenizer.json, tokenizer_config.json and added_tokens.json."""
     names = token_names(folder)
 
-    # Lines of (name, id, flags); where a token stands in several files, flags of the last count.
-    listed = []
+    # Each file has a form of its own:
+    #   added_tokens.json       {"<|im_end|>": 32000}
+    #   tokenizer.json          [{"id": 32000, "content": "<|im_end|>", "special": true, ...}]
+    #   tokenizer_config.json   {"32000": {"content": "<|im_end|>", "special": true, ...}}
+    listed = []                 # (name, id, flags)
     for name, i in _read_json(folder / "added_tokens.json").items():
         listed.append((name, i, {}))
     for token in spec.get("added_tokens") or []:
@@ -590,6 +581,7 @@ def _added_tokens(folder, settings, spec):
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         listed.append((token["content"], i, token))
 
+    # Where several files have a token they must agree on its id; the flags of the last count.
     _check_numbering(folder / "tokenizer.json", spec)
     ids = {}
     flags_of = {}
@@ -600,14 +592,14 @@ def _added_tokens(folder, settings, spec):
                              "tokenizer_config.json and added_tokens.json")
         flags_of[name] = flags
 
+    # The normalizer may be one step or a sequence of steps.
     prepends = "Prepend" in json.dumps(spec.get("normalizer"))
     special, words, whole = _sort_tokens(folder, ids, flags_of, set(names.values()), prepends)
     return AddedTokens(special, words, whole, names.get("bos_token"), names.get("eos_token"))
 
 
 def _check_numbering(path, spec):
-    """ValueError unless the vocabulary of tokenizer.json and its added tokens have ids of their own
-    that transformers gives them too."""
+    """ValueError unless transformers gives all tokens of tokenizer.json the ids that it says."""
     model = spec.get("model") or {}
     vocab = model.get("vocab") or {}
     possible = all(type(i) is int and 0 <= i < 2**31 for i in vocab.values())
@@ -615,7 +607,7 @@ def _check_numbering(path, spec):
         raise ValueError(f"{path}: the ids of its vocabulary are not different numbers from 0 on; "
                          "the file is damaged, fetch it again")
 
-    # An added token that the vocabulary lacks gets the next id past its end from transformers,
+    # An added token that the vocabulary lacks gets the next id past the end from transformers,
     # whatever id the file gives.
     last = len(vocab) - 1
     for token in spec.get("added_tokens") or []:
@@ -632,14 +624,17 @@ def _sort_tokens(folder, ids, flags_of, named, prepends):
 
     named: names that the settings give a role, such as the end token's. prepends: whether the
     normalizer puts a space before text. Tokens with the flag "normalized" are looked for after
-    that, and so found only with "▁" in place of spaces and behind one: these are `whole`.
+    that, and so found only with "▁" in place of spaces and after one: these are `whole`.
     """
-    special, words, whole = {}, {}, {}
+    special = {}
+    words = {}
+    whole = {}
     for name, i in ids.items():
         flags = flags_of[name]
         if not isinstance(name, str) or not name or not 0 <= i < 2**31:
             raise ValueError(f"{folder}: added token {name!r} with id {i}; expected a name and a "
                              "number from 0 on")
+        # A token without the flag, or with a role, is a control token.
         late = prepends and flags.get("normalized")
         if flags.get("special", True) or name in named:
             special[name] = i
@@ -648,7 +643,7 @@ def _sort_tokens(folder, ids, flags_of, named, prepends):
         else:
             words[name] = i
 
-        # Whether such a token is found depends on the text around it.
+        # Such a token also takes spaces beside it, or depends on them; runs are read alone here.
         takes_more = flags.get("lstrip") or flags.get("rstrip") or flags.get("single_word")
         if takes_more or (late and name in special):
             raise ValueError(f"{folder}: added token {name!r} takes in what stands beside it "
@@ -661,15 +656,15 @@ def _sort_tokens(folder, ids, flags_of, named, prepends):
 # tokenizer.model: Llama-3's holds lines of byte pairs, others are sentencepiece's.
 
 def _read_tokenizer_model(path, settings, added):
+    # Of the files with tiktoken ranks Llama-3's is the only one known. It needs no settings.
     ranks = _read_tiktoken(path)
     if ranks is not None:
         special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
         return BytePairTokenizer(ranks, LLAMA3_PATTERN, special, "<|begin_of_text|>",
                                  "<|end_of_text|>")
-    # transformers' older behavior ("legacy") puts a space behind each control token.
-    prepend_scheme = "first"
-    if settings.get("legacy"):
-        prepend_scheme = "always"
+
+    # transformers' older behavior ("legacy") begins a text with a space after control tokens too.
+    prepend_scheme = "always" if settings.get("legacy") else "first"
     return SentencePieceTokenizer(path, added.special, added.words, prepend_scheme)
 
 
@@ -678,6 +673,7 @@ def _read_tiktoken(path):
     content = path.read_bytes()
     if not re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
         return None
+    # Every line is a token in base64 and its rank, which is its id.
     ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -700,6 +696,7 @@ def _read_tokenizer_json(path, spec, added):
         raise ValueError(f"{path}: model {model.get('type')!r} is not supported; expected BPE with "
                          "vocab and merges; fetch tokenizer.model of the same model, if it has "
                          "one, and move this file away")
+    # Each of these changes the ids of text.
     for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(field):
             raise ValueError(f"{path}: model has {field} = {model[field]!r:.40}, which is not "
@@ -724,6 +721,7 @@ def _read_byte_level(path, spec, merges, added):
         raise ValueError(f"{path}: normalizer {normalizer!r} is not supported; expected none or "
                          "NFC")
 
+    # The vocabulary may list added tokens by name; all others are spelled bytes.
     vocab = spec["model"]["vocab"]
     byte_of = _byte_alphabet()
     ranks = {}
@@ -749,6 +747,7 @@ def _cutting_pattern(path, pre_tokenizer):
 
     Three kinds are known: ByteLevel alone, Digits before it, or Split with a pattern of its own.
     """
+    # One step, or {"type": "Sequence", "pretokenizers": [...]}.
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     first = steps[0]
     byte_level = steps[-1]
@@ -757,6 +756,7 @@ def _cutting_pattern(path, pre_tokenizer):
                          f"(pre-tokenizer {byte_level.get('type')}); fetch tokenizer.model of the "
                          "same model, if it has one, and move this file away")
 
+    # ByteLevel cuts by GPT-2's pattern, unless use_regex is off.
     pattern = None
     cuts_itself = byte_level.get("use_regex", True)
     if len(steps) == 1 and cuts_itself:
@@ -790,6 +790,7 @@ def _byte_alphabet():
 def _read_byte_fallback(path, spec, merges, added):
     vocab = spec["model"]["vocab"]
     prepend_scheme = _prepend_scheme(spec)
+    # Without a token for each byte, characters outside the vocabulary would all become <unk>.
     missing = [b for b in range(256) if byte_name(b) not in vocab]
     if prepend_scheme is None or missing:
         normalizer = json.dumps(spec.get("normalizer"))[:150]
@@ -805,7 +806,7 @@ def _read_byte_fallback(path, spec, merges, added):
 def _prepend_scheme(spec):
     """Where tokenizer.json puts a space before text, as a key of SPACED_PLACES.
 
-    None if it does anything to text that is not known here.
+    None if its steps are others than those known here.
     """
     prepend = {"type": "Prepend", "prepend": "▁"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -814,7 +815,7 @@ def _prepend_scheme(spec):
     if normalizer:
         steps = normalizer.get("normalizers", [normalizer])
 
-    # Older files do it in the normalizer, newer ones in the pre-tokenizer.
+    # Older files put it there in the normalizer, newer ones in the pre-tokenizer.
     metaspace = spec.get("pre_tokenizer")
     if not metaspace:
         if steps == [prepend, replace]:
@@ -824,34 +825,31 @@ def _prepend_scheme(spec):
         return None
     if steps or metaspace.get("type") != "Metaspace":
         return None
+    # "split" would cut text at spaces before it is merged.
     if metaspace.get("replacement") != "▁" or metaspace.get("split"):
         return None
     scheme = metaspace.get("prepend_scheme")
-    if not scheme:              # older ones say whether, not where
-        scheme = "never"
-        if metaspace.get("add_prefix_space"):
-            scheme = "always"
+    if not scheme:              # before there were schemes, files said only whether
+        scheme = "always" if metaspace.get("add_prefix_space") else "never"
     if scheme in ("always", "first", "never"):
         return scheme
     return None
 
 
 def _other_reading(folder, settings, tokenizer):
-    """In words, where AutoTokenizer of transformers 5 reads tokenizer.json otherwise; else "".
+    """A note for a folder whose tokenizer.json transformers 5 reads otherwise, else "".
 
-    For two classes that tokenizer_config.json may name, it replaces the file's pre-tokenizer by one
-    of its own, and servers that use it do so too.
+    For two classes that the settings may name, its AutoTokenizer replaces the file's pre-tokenizer
+    by one of its own, and so do servers that use it.
     """
     config = _read_json(folder / "config.json")
     family = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "")
     family = family.removesuffix("Fast")
     if family == "LlamaTokenizer" and isinstance(tokenizer, CharacterPairTokenizer):
-        theirs = "first"
-        if settings.get("legacy"):
-            theirs = "always"
+        theirs = "always" if settings.get("legacy") else "first"
         if settings.get("add_prefix_space") is False:
             theirs = "never"
-        # Folders of the model type mistral are read as they stand.
+        # Files of the model type mistral are not changed.
         differs = theirs != tokenizer.prepend_scheme and config.get("model_type") != "mistral"
     elif family == "GPT2Tokenizer" and isinstance(tokenizer, BytePairTokenizer):
         differs = tokenizer.pattern != GPT2_PATTERN
@@ -865,26 +863,24 @@ def _other_reading(folder, settings, tokenizer):
 
 
 # --- chat formats: the makers' own layouts --------------------------------------------------------
+#
+# The comment above each `layout` shows a dialogue. Where sentencepiece begins a text with a space,
+# the space is shown too.
 
 class ChatFormat:
     """How a family of models lays out a dialogue, as the encoders of its makers write it.
 
     Messages are {"role": "system" | "user" | "assistant", "content": str}. Content is stripped of
-    surrounding white space. Attributes:
-        tokenizer: the Tokenizer
-        end_id: closes a response
-        stop_ids: all tokens at which generation ends
-        source: whose layout it is, in words
-        date: ISO date of a template that asks for today's, else None
+    surrounding white space.
     """
 
-    date = None
+    date = None                             # ISO date of a template that asks for today's
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.end_id = tokenizer.eos_id
-        self.stop_ids = {self.end_id}
-        self.source = f"chat format {type(self).__name__}"
+        self.end_id = tokenizer.eos_id      # closes a response
+        self.stop_ids = {self.end_id}       # all tokens at which generation ends
+        self.source = f"chat format {type(self).__name__}"      # whose layout it is, in words
 
     def encode_prompt(self, messages):
         """Ids of a dialogue up to where the next response starts.
@@ -894,7 +890,7 @@ class ChatFormat:
         self.check(messages)
         turns = [(m["role"], m["content"].strip()) for m in messages]
         system = None
-        if turns[0][0] == "system":
+        if messages[0]["role"] == "system":
             _, system = turns.pop(0)
         return self.layout(system, turns)
 
@@ -906,10 +902,10 @@ class ChatFormat:
             if not is_message:
                 raise ValueError(f"message {number} is {message!r:.120}; expected an object with "
                                  "a string role and content")
+
+        # The user begins, the two take turns, and the user's is the last.
         roles = [m["role"] for m in messages]
-        turns = roles
-        if roles[:1] == ["system"]:
-            turns = roles[1:]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
         if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
             raise ValueError(f"prompt has the roles {roles}; expected an optional system turn, "
                              "then user and assistant in turn, user last")
@@ -937,29 +933,27 @@ class ChatFormat:
         return self.tokenizer.encode_text(text, "inside")
 
     def opening(self):
-        """What stands before the text of a first user turn where there is no system turn."""
+        """How a dialogue without a system turn begins, up to the text of the user."""
         text = "the first question"
         prompt = self.encode_prompt([{"role": "user", "content": text}])
         return self.tokenizer.spell(prompt).partition(text)[0]
 
 
 def refuse_half_pairs(text):
-    """ValueError for half a surrogate pair, which JSON can hold.
-
-    Tokenizers would make U+FFFD of it without a word.
-    """
+    """ValueError for half a surrogate pair, which JSON can hold and tokenizers make U+FFFD of."""
     text.encode()
 
 
 class Llama3(ChatFormat):
-    """<|begin_of_text|>, then a header and <|eot_id|> around every turn.
+    """Llama-3: a header before and <|eot_id|> after every turn.
 
-    This is Meta's layout: no date, and no default system text.
+    This is Meta's layout, with no date and no default system text.
     """
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
         self.end_id = tokenizer.special["<|eot_id|>"]
+        # <|eom_id|> ends a message that calls a tool; base models end with <|end_of_text|>.
         self.stop_ids = {self.end_id}
         for name in ("<|end_of_text|>", "<|eom_id|>"):
             if name in tokenizer.special:
@@ -968,8 +962,11 @@ class Llama3(ChatFormat):
     def header(self, role):
         start_id = self.tokenizer.special["<|start_header_id|>"]
         end_id = self.tokenizer.special["<|end_header_id|>"]
+        # The newlines are encoded apart from the text after them, as Meta's encoder does.
         return [start_id, *self.encode(role), end_id, *self.encode("\n\n")]
 
+    # <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>
+    # <|start_header_id|>assistant<|end_header_id|>\n\n, in one line
     def layout(self, system, turns):
         if system is not None:
             turns = [("system", system), *turns]
@@ -980,11 +977,12 @@ class Llama3(ChatFormat):
 
 
 class MistralV1(ChatFormat):
-    """Mistral-7B-Instruct v0.1 and v0.2: `[INST] ... [/INST]` as ordinary text.
+    """Mistral-7B-Instruct v0.1 and v0.2: [INST] and [/INST] are ordinary text.
 
     The system text goes into the first user turn.
     """
 
+    # <s> [INST] Hi [/INST] Hello!</s> [INST] Bye [/INST]
     def layout(self, system, turns):
         ids = [self.tokenizer.bos_id]
         for role, text in turns:
@@ -1004,6 +1002,7 @@ class MistralV3(ChatFormat):
     The system text goes into the last user turn.
     """
 
+    # <s>[INST] Hi[/INST] Hello!</s>[INST] Bye[/INST]
     def layout(self, system, turns):
         if system:
             role, text = turns[-1]
@@ -1020,11 +1019,12 @@ class MistralV3(ChatFormat):
 
 
 class Llama2(ChatFormat):
-    """Llama-2-chat: every exchange is `<s>[INST] ... [/INST] ... </s>`.
+    """Llama-2-chat: <s> and </s> around every exchange.
 
-    The system text stands between <<SYS>> marks in the first one.
+    The system text goes between <<SYS>> marks into the first user turn.
     """
 
+    # <s> [INST] Hi [/INST] Hello! </s><s> [INST] Bye [/INST]
     def layout(self, system, turns):
         ids = []
         for role, text in turns:
@@ -1043,11 +1043,9 @@ class Llama2(ChatFormat):
 
 
 class Zephyr(ChatFormat):
-    """Zephyr, TinyLlama: `<|user|>` and the like as ordinary text, </s> after every turn.
+    """Zephyr, TinyLlama: <|user|> and the like are ordinary text; there is no <s>."""
 
-    Their template writes no <s>.
-    """
-
+    # " <|user|>\nHi</s> \n<|assistant|>\nHello!</s> \n<|user|>\nBye</s> \n<|assistant|>\n"
     def layout(self, system, turns):
         if system is not None:
             turns = [("system", system), *turns]
@@ -1066,10 +1064,7 @@ class Zephyr(ChatFormat):
 
 
 class ChatML(ChatFormat):
-    """SmolLM2, Qwen and many fine-tunes: <|im_start|>, role, newline, text, <|im_end|>.
-
-    There is no default system text: that is their templates' own.
-    """
+    """SmolLM2, Qwen and many fine-tunes. No default system text: their templates have their own."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
@@ -1077,6 +1072,7 @@ class ChatML(ChatFormat):
         self.end_id = tokenizer.names["<|im_end|>"]
         self.stop_ids = {self.end_id}
 
+    # <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     def layout(self, system, turns):
         if system is not None:
             turns = [("system", system), *turns]
@@ -1090,6 +1086,7 @@ class ChatML(ChatFormat):
         return self.encode_inside(text.strip()) + [self.end_id]
 
 
+# The names that --chat_format takes.
 CHAT_FORMATS = {
     "llama3": Llama3,
     "mistral-v1": MistralV1,
@@ -1109,13 +1106,13 @@ EXTRA_CHARACTERS = 10**6        # that a template may write beside what it is gi
 class ChatTemplate(ChatFormat):
     """A folder's own chat template, rendered as transformers renders it, with one exception.
 
-    transformers takes the name of a control token that stands in content for that token. Here such
-    names are broken before the template sees them, so that all that are found in its output are
-    its own. All else is rendered as it is, so whatever the template does with content (strips it,
-    takes thinking out of earlier turns) happens.
+    transformers takes the name of a control token for that token everywhere, in content too.
+    Here names in content are broken before the template sees them, so that all that are found in
+    its output are its own. All else is rendered as it is, so whatever the template does with
+    content (strips it, takes thinking out of earlier turns) happens.
 
     A response is what the template writes for an assistant's turn after the generation prompt, up
-    to its end token. How it opens and closes one is learned from a few dialogues, see learn().
+    to its end token. How it opens and closes one is learned from a few dialogues.
     """
 
     def __init__(self, tokenizer, template, source, token_names, date=None):
@@ -1129,6 +1126,8 @@ class ChatTemplate(ChatFormat):
         self.today = datetime.date.today()
         if date:
             self.today = datetime.date.fromisoformat(date)
+
+        # A template that does not compile is refused like one that does not render.
         environment = jinja_environment(source)
         environment.globals["strftime_now"] = self.strftime_now
         with self.bounded():
@@ -1136,13 +1135,123 @@ class ChatTemplate(ChatFormat):
         self.reserve([])
         self.learn()
 
-    def strftime_now(self, style):
-        # A template that asks for the date has it in its layout.
-        self.date = self.today.isoformat()
-        return self.today.strftime(style)
+    def learn(self):
+        """Finds out how the template opens and closes a response, from dialogues it is given.
+
+        ValueError if that is not always the same, or does not end with a token.
+        """
+        self.asked = [{"role": "user", "content": "the first question"}]
+        self.left_out = set()                       # roles whose turns the template does not write
+        shapes, layout = self.lay_out_samples()
+
+        # encode_response knows one shape for all responses.
+        for shape in shapes:
+            if shape != shapes[0]:
+                raise ValueError(f"{self.source} opens and closes responses in different ways, "
+                                 f"{shapes[0][1:]} and {shape[1:]}")
+        self.continues, self.open, close = shapes[0]        # see response_shape
+
+        # The response ends with the first token after its text.
+        end = self.tokenizer.find_name.search(close)
+        if not end:
+            raise ValueError(f"{self.source} closes a response with {close!r}, in which no token "
+                             "of the tokenizer stands that generation could end at")
+        self.space = close[:end.start()]            # between the text and the end token
+        self.close = close[:end.end()]              # that and the end token
+        self.rest = close[end.end():]               # what the template writes after it
+
+        # Every token that the layout writes around turns is a control token from here on.
+        self.reserve([end[0], *self.marks(layout)])
+
+        # A name without an id would be encoded as text.
+        for key, name in self.token_names.items():
+            if name in layout + close and name not in self.tokenizer.names:
+                raise ValueError(f"{self.source} writes the {key} {name!r}, which has no id in "
+                                 "tokenizer.json; expected it among its added tokens")
+        self.end_id = self.tokenizer.names[end[0]]
+        self.stop_ids = {self.end_id}
+        if self.tokenizer.eos_id is not None:
+            self.stop_ids.add(self.tokenizer.eos_id)
+
+        # The place of the response: a prompt ends with an added token, or with other text.
+        self.asked_text = self.render(self.asked, True)
+        ends_with_token = self.tokenizer.find_name.split(self.asked_text)[-1] == ""
+        self.place = "after" if ends_with_token else "inside"
+
+    def lay_out_samples(self):
+        """(shapes of responses, text that the layout writes around turns) of four dialogues.
+
+        They are with and without a system turn, with and without history. Fills left_out.
+        """
+        ask = self.asked
+        more = [{"role": "assistant", "content": "the first answer"},
+                {"role": "user", "content": "the next question"}]
+        system = [{"role": "system", "content": "the system text"}]
+        answer = {"role": "assistant", "content": "the last answer"}
+        shapes = []
+        layout = ""
+        for messages in (ask, ask + more, system + ask, system + ask + more):
+            # The prompt, the dialogue with its answer, and the dialogue alone.
+            try:
+                prompt = self.render(messages, True)
+                whole = self.render([*messages, answer], False)
+                turns = self.render(messages, False)
+            except ValueError:
+                # A template may refuse a system turn; it will say so where one comes.
+                if messages == ask:
+                    raise
+                continue
+            if messages[-1]["content"] not in prompt or answer["content"] not in whole:
+                raise ValueError(f"{self.source} leaves the last turn of a dialogue out")
+
+            # What remains of the dialogue without its contents is the layout.
+            for message in messages:
+                if message["content"] not in prompt:
+                    self.left_out.add(message["role"])
+                turns = turns.replace(message["content"], "")
+            layout += turns
+
+            # Mistral's template puts the system text into the last turn if that is the user's:
+            # with an answer it is lost.
+            has_system = messages[0]["role"] == "system"
+            shape = self.response_shape(prompt, whole, answer["content"], required=not has_system)
+            if shape:
+                shapes.append(shape)
+        return shapes, layout
+
+    def response_shape(self, prompt, whole, answer, required):
+        """(continues, opening, closing) of a response, from an answered dialogue.
+
+        continues: whether the answered dialogue (whole) begins with its prompt. opening is the
+        text between prompt and answer, closing the text after the answer. None if it is unclear
+        where the response starts; ValueError if a shape is required.
+        """
+        at = whole.rindex(answer)
+        closing = whole[at + len(answer):]
+        if whole.startswith(prompt) and len(prompt) <= at:
+            return True, whole[len(prompt):at], closing
+        # The prompt opens something (<think>) that a finished turn does not show.
+        if prompt.startswith(whole[:at]):
+            return False, prompt[at:], closing
+        if required:
+            n = first_difference(prompt, whole)
+            raise ValueError(f"{self.source} writes {prompt[n:n + 60]!r} at the end of a prompt "
+                             f"where an answered dialogue has {whole[n:n + 60]!r}; where its "
+                             "responses start cannot be told")
+        return None
+
+    def marks(self, layout):
+        """Names of added tokens that a layout writes around turns."""
+        # A word such as "user" or a line break that it happens to hold is text like any other.
+        marks = set()
+        for name in self.tokenizer.find_name.findall(layout):
+            if len(name) > 1 and not name.isalnum() and not name.isspace():
+                marks.add(name)
+        return marks
 
     def encode_prompt(self, messages):
         self.check(messages)
+        # Turns that the model would never see are refused, not dropped silently.
         for message in messages[:-1]:
             if message["role"] in self.left_out:
                 raise ValueError(f"{self.source} leaves {message['role']} turns out of a "
@@ -1150,9 +1259,9 @@ class ChatTemplate(ChatFormat):
         return self.tokenizer.encode_rendered(self.render(messages, True))
 
     def encode_response(self, text):
+        # The prompt has opened the response already (<think>). A response may be stored with that
+        # opening, which is not written twice.
         if not self.continues:
-            # The prompt has opened it already (<think>), also a response that is stored with its
-            # opening.
             text = self.break_control(text.removeprefix(self.open)) + self.close
             return self.tokenizer.encode_rendered(text, self.place)
 
@@ -1182,7 +1291,8 @@ class ChatTemplate(ChatFormat):
             content = self.break_control(message["content"])
             broken.append({"role": message["role"], "content": content})
 
-        # The text comes in pieces, so that one that does not end can be stopped.
+        # The text comes in pieces, so that one without an end can be stopped. A template may write
+        # content a few times over.
         room = EXTRA_CHARACTERS + 10 * sum(len(message["content"]) for message in broken)
         pieces = []
         with self.bounded():
@@ -1206,9 +1316,15 @@ class ChatTemplate(ChatFormat):
             reason = str(e) or type(e).__name__
             raise ValueError(f"{self.source} cannot lay this out: {reason}") from None
 
+    def strftime_now(self, style):
+        # The template asked for the date: it is part of the layout.
+        self.date = self.today.isoformat()
+        return self.today.strftime(style)
+
     def reserve(self, names):
         """Makes names control tokens beside those that are, which break_control finds."""
         self.tokenizer.reserve(names)
+        # BREAK goes after the first of several characters.
         for name in self.tokenizer.special:
             if len(name) < 2:
                 raise ValueError(f"control token {name!r} is a single character, which cannot be "
@@ -1216,127 +1332,13 @@ class ChatTemplate(ChatFormat):
         self.find_control = any_of(self.tokenizer.special)
 
     def break_control(self, content):
-        """Content with BREAK in those names of control tokens that stand in it."""
+        """Content with BREAK in those names of control tokens that occur in it."""
         refuse_half_pairs(content)
         content = content.replace(BREAK, 2 * BREAK)
         # Breaking one name may leave another: <|im_<|im_end|>end|>.
         while self.find_control.search(content):
             content = self.find_control.sub(_break_name, content)
         return content
-
-    def learn(self):
-        """Finds out how the template opens and closes a response, from dialogues it is given.
-
-        ValueError if that is not always the same, or does not end with a token. It sets:
-            asked, asked_text: a dialogue, and the prompt that is rendered of it
-            left_out: roles whose turns the template does not write
-            continues: whether an answered dialogue begins with its prompt. A prompt that opens
-                something that a finished turn does not show (<think>) makes that False.
-            open: text between prompt and response
-            space, close, rest: text between response and end token; that and the token; what
-                stands behind
-            place: of the response, see encode_run
-        """
-        self.asked = [{"role": "user", "content": "the first question"}]
-        self.left_out = set()
-        shapes, layout = self.lay_out_samples()
-        for shape in shapes:
-            if shape != shapes[0]:
-                raise ValueError(f"{self.source} opens and closes responses in different ways, "
-                                 f"{shapes[0][1:]} and {shape[1:]}")
-        self.continues, self.open, close = shapes[0]
-
-        # The response ends with the first token behind its text.
-        end = self.tokenizer.find_name.search(close)
-        if not end:
-            raise ValueError(f"{self.source} closes a response with {close!r}, in which no token "
-                             "of the tokenizer stands that generation could end at")
-        self.space = close[:end.start()]
-        self.close = close[:end.end()]
-        self.rest = close[end.end():]
-
-        # All that the layout writes around turns are control tokens from here on.
-        self.reserve([end[0], *self.marks(layout)])
-        for key, name in self.token_names.items():
-            if name in layout + close and name not in self.tokenizer.names:
-                raise ValueError(f"{self.source} writes the {key} {name!r}, which has no id in "
-                                 "tokenizer.json; expected it among its added tokens")
-        self.end_id = self.tokenizer.names[end[0]]
-        self.stop_ids = {self.end_id}
-        if self.tokenizer.eos_id is not None:
-            self.stop_ids.add(self.tokenizer.eos_id)
-
-        # Where the prompt ends with a token, the response is a new run of text.
-        self.asked_text = self.render(self.asked, True)
-        self.place = "inside"
-        if self.tokenizer.find_name.split(self.asked_text)[-1] == "":
-            self.place = "after"
-
-    def lay_out_samples(self):
-        """(the shapes of responses to four dialogues, see response_shape; all text that the layout
-        writes around turns). Fills left_out."""
-        ask = self.asked
-        more = [{"role": "assistant", "content": "the first answer"},
-                {"role": "user", "content": "the next question"}]
-        system = [{"role": "system", "content": "the system text"}]
-        answer = {"role": "assistant", "content": "the last answer"}
-        shapes = []
-        layout = ""
-        for messages in (ask, ask + more, system + ask, system + ask + more):
-            try:
-                prompt = self.render(messages, True)
-                whole = self.render([*messages, answer], False)
-                turns = self.render(messages, False)
-            except ValueError:
-                # A template may refuse a system turn; it will say so where one comes.
-                if messages == ask:
-                    raise
-                continue
-            if messages[-1]["content"] not in prompt or answer["content"] not in whole:
-                raise ValueError(f"{self.source} leaves the last turn of a dialogue out")
-            for message in messages:
-                if message["content"] not in prompt:
-                    self.left_out.add(message["role"])
-                turns = turns.replace(message["content"], "")
-            layout += turns
-
-            # Mistral's template puts the system text into the last turn if that is the user's:
-            # with an answer it is lost.
-            has_system = messages[0]["role"] == "system"
-            shape = self.response_shape(prompt, whole, answer["content"], required=not has_system)
-            if shape:
-                shapes.append(shape)
-        return shapes, layout
-
-    def response_shape(self, prompt, whole, answer, required):
-        """(continues, opening, closing) of the response in an answered dialogue, see learn.
-
-        opening stands between prompt and answer, closing after the answer. None if where the
-        response starts cannot be told; ValueError if that is required.
-        """
-        at = whole.rindex(answer)
-        closing = whole[at + len(answer):]
-        if whole.startswith(prompt) and len(prompt) <= at:
-            return True, whole[len(prompt):at], closing
-        if prompt.startswith(whole[:at]):
-            return False, prompt[at:], closing
-        if required:
-            n = first_difference(prompt, whole)
-            raise ValueError(f"{self.source} writes {prompt[n:n + 60]!r} at the end of a prompt "
-                             f"where an answered dialogue has {whole[n:n + 60]!r}; where its "
-                             "responses start cannot be told")
-        return None
-
-    def marks(self, layout):
-        """Names of added tokens that a layout writes around turns.
-
-        A word such as "user" or a line break that it happens to hold is text like any other.
-        """
-        marks = set()
-        for name in self.tokenizer.find_name.findall(layout):
-            if len(name) > 1 and not name.isalnum() and not name.isspace():
-                marks.add(name)
-        return marks
 
 
 def _break_name(match):
@@ -1349,6 +1351,7 @@ def jinja_environment(source):
 
     Large powers and products, which no time limit would stop, are refused.
     """
+    # Imported here: folders without a template need no jinja2.
     try:
         from jinja2 import TemplateError
         from jinja2.ext import Extension, loopcontrols
@@ -1379,6 +1382,7 @@ def jinja_environment(source):
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message):
+        # Templates call it to refuse a dialogue.
         raise TemplateError(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -1395,11 +1399,11 @@ def jinja_environment(source):
 
 @contextmanager
 def time_limit(seconds):
-    """TimeoutError in a block that computes for longer.
+    """TimeoutError in a block that computes for longer. Waiting does not count.
 
-    Time at which the process does not run is not counted. A thread other than the main one cannot
-    be interrupted and has no limit.
+    Only the main thread has a limit.
     """
+    # Python runs signal handlers in the main thread alone, so no other can be interrupted.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -1407,6 +1411,7 @@ def time_limit(seconds):
     def stop(*_):
         raise TimeoutError(f"it computes for more than {seconds} s")
 
+    # The virtual timer counts the computing time of this process.
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
@@ -1421,9 +1426,8 @@ def time_limit(seconds):
 def load_chat(folder, chat_format=None, date=None):
     """The chat format of a model folder; chat.tokenizer is its tokenizer.
 
-    chat_format, date: as `name` and `date` of load_chat_format. If config.json gives an integer
-    vocab_size, the vocabulary is checked against it. ValueError as of load_tokenizer,
-    load_chat_format and check_vocabulary.
+    It is load_tokenizer, load_chat_format (chat_format is its name) and, where the folder's
+    config.json has an integer vocab_size, check_vocabulary. ValueError as of these.
     """
     folder = Path(folder)
     tokenizer = load_tokenizer(folder)
@@ -1437,27 +1441,26 @@ def load_chat(folder, chat_format=None, date=None):
 def load_chat_format(folder, tokenizer, name=None, date=None):
     """The chat format of a model folder, with the end tokens of its generation_config.json.
 
-    name: a key of CHAT_FORMATS. Without it the folder's own chat template counts, and where there
-    is none, the format that its control tokens tell. date: "2026-01-31", for a template that writes
-    today's; the format's `date` says whether it did. ValueError if there is no format that is sure,
-    or the tokenizer lacks what it needs.
+    name: a key of CHAT_FORMATS. Without one, the folder's own chat template counts, and where there
+    is none, the format that its control tokens belong to. date: "2026-01-31", for a template that
+    writes today's date; the format's `date` tells whether it does. ValueError if the format cannot
+    be determined, or needs what the tokenizer lacks.
     """
     folder = Path(folder)
     if name and name not in CHAT_FORMATS:
         raise ValueError(f"chat format {name!r} is not known; expected one of "
                          f"{', '.join(CHAT_FORMATS)}")
-    template = None
-    if not name:
-        template, source = find_template(folder)
-    if name:
+    template, source = find_template(folder) if not name else ("", "")
+    if template:
+        chat = ChatTemplate(tokenizer, template, source, token_names(folder), date)
+    elif name:
         chat = _named_format(folder, tokenizer, name)
         chat.source += " (by --chat_format)"
-    elif template:
-        chat = ChatTemplate(tokenizer, template, source, token_names(folder), date)
     else:
         chat = _named_format(folder, tokenizer, _detect(folder, tokenizer.special))
         chat.source += " (there is no chat template; told from the control tokens)"
 
+    # The makers name all tokens that end generation, also such as the layout does not write.
     ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
     if not isinstance(ends, list):
         ends = [ends]
@@ -1471,6 +1474,7 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
 
 def find_template(folder):
     """(chat template, where it is from) of a model folder; empty strings if it has none."""
+    # transformers prefers a file of its own over the field in the settings.
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
@@ -1497,7 +1501,8 @@ def find_template(folder):
 
 
 def _named_format(folder, tokenizer, name):
-    """A format of CHAT_FORMATS, whose control tokens the tokenizer is seen to have."""
+    """The format `name` of CHAT_FORMATS. ValueError if the tokenizer lacks a token it writes."""
+    # One dialogue shows all tokens of a layout.
     sample = [("user", "user"), ("assistant", "assistant"), ("user", "user")]
     try:
         chat = CHAT_FORMATS[name](tokenizer)
@@ -1508,13 +1513,14 @@ def _named_format(folder, tokenizer, name):
     if None in ids:
         raise ValueError(f"{folder}: chat format {name} needs a begin and an end token; the files "
                          "name none")
+    # They are control tokens from here on, whatever the files call them.
     tokenizer.reserve(tokenizer.name_of[i] for i in ids if i in tokenizer.name_of)
     return chat
 
 
 def _detect(folder, special):
-    """The chat format that control tokens tell, a key of CHAT_FORMATS."""
-    # Mistral's later tokenizers have [SYSTEM_PROMPT]; none of the formats writes it.
+    """The key of CHAT_FORMATS that a folder's control tokens belong to."""
+    # Mistral's later tokenizers have [SYSTEM_PROMPT], which none of the formats writes.
     if "[SYSTEM_PROMPT]" not in special:
         if "<|start_header_id|>" in special:
             return "llama3"
@@ -1528,10 +1534,11 @@ def _detect(folder, special):
 
 
 def check_vocabulary(folder, chat, rows):
-    """ValueError if text or layout can produce an id that an embedding of so many rows lacks.
+    """ValueError if text or layout can produce an id that an embedding of `rows` rows lacks.
 
     Other ids, such as that of a pad token past the embedding, do no harm.
     """
+    # Text may turn into any id below text_size; one exchange shows the tokens of the layout.
     tokenizer = chat.tokenizer
     layout = chat.encode_prompt([{"role": "user", "content": "Hi"}]) + chat.encode_response("Hi")
     needed = max(tokenizer.text_size, 1 + max(layout))
@@ -1543,6 +1550,7 @@ def check_vocabulary(folder, chat, rows):
 
 # --- python tokenizer.py FOLDER -------------------------------------------------------------------
 
+# The dialogue that is shown.
 SAMPLE = [
     {"role": "user", "content": "What is 6 times 7?"},
     {"role": "assistant", "content": "It is 42."},
@@ -1566,9 +1574,7 @@ def main(argv=None):
     print(f"tokens    {type(tokenizer).__name__}, {tokenizer.vocab_size} ids")
     if tokenizer.note:
         print(f"note      {tokenizer.note}")
-    dated = ""
-    if chat.date:
-        dated = f", with the date {chat.date}"
+    dated = f", with the date {chat.date}" if chat.date else ""
     print(f"layout    {chat.source}{dated}")
     print(f"opening   {chat.opening()!r} where there is no system turn")
 
@@ -1589,10 +1595,10 @@ def main(argv=None):
 
 
 def compare(folder, chat):
-    """In words, how sample dialogues compare with those of transformers' apply_chat_template.
+    """Says in words how the ids of sample dialogues compare with transformers'.
 
-    A format that was named is compared with the folder's chat template instead. ValueError shows
-    the first token that differs from transformers.
+    A format that is not the folder's chat template is compared with that instead. ValueError shows
+    the first token that differs from transformers' apply_chat_template.
     """
     if not isinstance(chat, ChatTemplate):
         return _compare_with_template(folder, chat)
@@ -1601,6 +1607,7 @@ def compare(folder, chat):
     except ImportError:
         return ("nothing: transformers is not installed (pip install transformers), whose "
                 "apply_chat_template counts")
+    # transformers takes no other date.
     if chat.date not in (None, datetime.date.today().isoformat()):
         return "nothing: transformers would write today's date; leave --date out"
 
@@ -1614,11 +1621,11 @@ def compare(folder, chat):
         print(f"          with a system turn refused: {e}")
 
     # tokenizer.json as it stands, if there is one; AutoTokenizer of transformers 5 changes some.
-    reads_json = transformers.AutoTokenizer
-    if (Path(folder) / "tokenizer.json").exists():
-        reads_json = transformers.PreTrainedTokenizerFast
+    as_it_stands = (Path(folder) / "tokenizer.json").exists()
+    kind = "PreTrainedTokenizerFast" if as_it_stands else "AutoTokenizer"
     try:
-        equal, different = _count_equal(chat, dialogues, reads_json.from_pretrained(folder))
+        reference = getattr(transformers, kind).from_pretrained(folder)
+        equal, different = _count_equal(chat, dialogues, reference)
         auto = transformers.AutoTokenizer.from_pretrained(folder)
         auto_equal, auto_different = _count_equal(chat, dialogues, auto)
     except Exception as e:
@@ -1638,16 +1645,13 @@ def _compare_with_template(folder, chat):
     if not find_template(Path(folder))[0]:
         return "nothing: the folder has no chat template to compare with"
     other = load_chat_format(folder, chat.tokenizer)
-    same = "another than"
-    if other.encode_prompt(SAMPLE) == chat.encode_prompt(SAMPLE):
-        same = "the same as"
-    return (f"this layout is {same} that of {other.source}, which opens a dialogue with "
-            f"{other.opening()!r}")
+    same = other.encode_prompt(SAMPLE) == chat.encode_prompt(SAMPLE)
+    return (f"this layout is {'the same as' if same else 'another than'} that of {other.source}, "
+            f"which opens a dialogue with {other.opening()!r}")
 
 
 def _count_equal(chat, dialogues, reference):
-    """(how many dialogues have the ids of a tokenizer of transformers, in words the first token of
-    the first one that has not)."""
+    """(how many dialogues have the ids that transformers' tokenizer gives, where others differ)."""
     equal = 0
     different = ""
     for messages in dialogues:

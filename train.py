@@ -8,9 +8,16 @@ A Hugging Face folder goes in and comes out. To read: the knobs; the objective, 
 pairs to losses and gradients; one optimiser step; evaluation; a run and its loop. What is printed,
 flags and recipes come last.
 
-Mixed precision: weights, gradients and optimiser state are fp32 (the master weights), sharded over
-all ranks by FSDP2; blocks compute in bf16 on GPUs. A run writes into its folder what checkpoint.py
-describes.
+Mixed precision, as it is on GPUs (on CPUs all of the first two lines is fp32):
+
+    bf16        gathered weights, activations, the gradients of one row; also the head's logits,
+                before they become fp32. This is compute_dtype
+    fp32        the master weights, sharded over the ranks by FSDP2, and AdamW's moments; gradients
+                summed over rows and ranks. This is weight_dtype
+    fp32        softmax and log-probs of tokens
+    float64     averages over tokens, rewards, losses
+
+A run writes into its folder what checkpoint.py describes.
 """
 import argparse
 import dataclasses
@@ -42,7 +49,7 @@ from data.preference import (
     load_pairs, pack, read_kept_pairs)
 from distributed import (
     clip_gradients, forget_gathered_weights, from_rank_0, join_ranks, leave_ranks, load_sharded,
-    local_rank, noted_signals, ranks_of_node, reduce_gradients_after, restart_count, run_rank, say,
+    local_rank, noted_signals, ranks_of_node, restart_count, run_rank, say, set_gradient_sync,
     signal_of_any_rank)
 from judge import Judge, load_judge
 from model import (
@@ -143,10 +150,12 @@ LOSS, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGP, REJECTED_LOGP = range(5)
 
 
 def pair_loss(config, pair, chosen, rejected):
-    """The loss of one pair from its average log-probs.
+    """The loss and the rewards of one pair, from its average log-probs.
 
     chosen, rejected (1,) -> (losses, chosen_rewards, rejected_rewards), each (1,)
-    Another objective goes here, and its knobs into METHODS and TrainConfig.
+    Another objective is a branch here, its knobs and their defaults in METHODS, and the knobs as
+    fields of TrainConfig (float | None) and in FINITE or POSITIVE. open_run makes the reference of
+    a method that needs one.
     """
     if config.method == "alphapo":
         losses, *rewards = alphapo_loss(
@@ -155,57 +164,69 @@ def pair_loss(config, pair, chosen, rejected):
     elif config.method == "simpo":
         losses, *rewards = simpo_loss(
             chosen, rejected, beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
-    else:
+    elif config.method == "dpo":
         # DPO is defined on sums, against those of the starting model.
         reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen.device)
         ref_chosen, ref_rejected = reference.split(1)
         losses, *rewards = dpo_loss(
             chosen * len(pair.chosen), rejected * len(pair.rejected), ref_chosen, ref_rejected,
             beta=config.beta)
+    else:
+        raise ValueError(f"method {config.method!r} has no loss here")
     return losses - config.sft_weight * chosen, *rewards
 
 
 def run_row(model, row, config, grad_scale=None):
-    """Scores the B pairs of a packed row. With grad_scale it also adds the gradient of
-    grad_scale * (sum of losses) to that of the weights. Returns results (B, 5).
+    """Scores the B pairs of a packed row: results (B, 5). To train, grad_scale is given: then it
+    also adds the gradient of grad_scale * (sum of losses) to .grad of the weights.
 
-    The vocabulary head runs forward and backward a pair at a time, so that only one pair's logits
-    exist at once; then the blocks run backward once, for the whole row.
+    The vocabulary head runs forward and backward a pair at a time. So what it keeps of the logits
+    for the backward pass is one pair's, and seldom has to be recomputed. Then the layers run
+    backward once, for the whole row.
     """
     training = grad_scale is not None
+    # 1. The layers, for the whole row: states that predict the N response tokens, and those tokens.
     tokens = row.tokens.to(model.device)                                        # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
+
+    # 2. Head and loss, a pair at a time. The gradients of the head are collected by hand: autograd
+    #    would make another one of its weight, the largest of the model, for every pair. FSDP keeps
+    #    the root's weights gathered after the forward pass, so that this one is a plain tensor, and
+    #    at the end of states.backward it reduces whatever .grad they have then.
     weight = model.head_weight                                                  # (V, dim)
-    grad_states = torch.empty_like(states)
-    if training and weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
+    if training:
+        grad_states = torch.empty_like(states)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
     results = []
     end = 0
     for pair, (_, C, R) in zip(row.pairs, row.lengths):
         start = end
         end = start + C + R
-        head = states[start:end], weight, targets[start:end]
-        logps, logsumexp, blocks = target_logps(*head, keep=training)           # (C + R,)
-        logps.requires_grad_(training)
-        chosen, rejected = average_logps(logps, (C, R)).split(1)
+        inputs = states[start:end], weight, targets[start:end]
+        logps, logsumexp, kept = target_logps(*inputs, keep=training)           # (C + R,)
+        logps.requires_grad_(training)          # autograd takes the loss alone, from here
+        chosen, rejected = average_logps(logps, (C, R)).split(1)                # (1,) each
         losses, chosen_rewards, rejected_rewards = pair_loss(config, pair, chosen, rejected)
         columns = losses, chosen_rewards, rejected_rewards, chosen, rejected
         results.append(torch.cat(columns).detach())
         if training:
-            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), logps)
+            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), logps)     # (C + R,)
             grad_states[start:end] = target_logps_backward(
-                grad, *head, logsumexp, blocks, weight.grad)
+                grad, *inputs, logsumexp, kept, weight.grad)
+
+    # 3. Backward through the layers, once.
     if training:
         states.backward(grad_states)
     return torch.stack(results)
 
 
 def run_rows(model, rows, config, grad_scale=None):
-    """Scores B pairs that are packed into rows for all ranks; each rank runs its own rows. With
-    grad_scale it also adds the gradient of grad_scale * (sum of losses), averaged over the ranks
-    (FSDP does that): gradient accumulation.
+    """Scores B pairs that are packed into rows for all ranks; each rank runs its own rows. Returns
+    results (B, 5) of all pairs, on every rank, in the order in which `pack` was given them.
 
-    Returns results (B, 5) of the pairs of all ranks, in the order in which `pack` was given them.
+    With grad_scale the gradients of the rows add up (gradient accumulation), and FSDP averages them
+    over the ranks. All ranks call this together, in a process group.
     """
     training = grad_scale is not None
     n_pairs = sum(len(row.indices) for row in rows)
@@ -213,11 +234,13 @@ def run_rows(model, rows, config, grad_scale=None):
     rows = rows[dist.get_rank()::dist.get_world_size()]
     for row in rows:
         if training:
-            reduce_gradients_after(model, row is rows[-1], config.sync_every_micro_batch)
+            set_gradient_sync(
+                model, last_row=row is rows[-1], every_row=config.sync_every_micro_batch)
         if row.indices:
             results[row.indices] = run_row(model, row, config, grad_scale)
         else:
-            # There are more ranks than pairs: this row only keeps the ranks in step.
+            # A filler: there are more ranks than pairs, and FSDP's collective operations need all
+            # ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
     dist.all_reduce(results)
     return results
@@ -230,19 +253,24 @@ class Step:
     results: torch.Tensor           # (B, 5), on every rank
     rows: list[PackedPairs]         # what the pairs were packed into
     grad_norm: float                # before clipping
-    applied: bool                   # False: the loss or the gradient was not finite
+    applied: bool                   # False: a result or grad_norm was not finite, so that the
+                                    # weights and moments stayed as they were
 
 
 def train_step(model, optimizer, pairs, rate, config):
     """One AdamW step on B pairs, at learning rate `rate`. All ranks call it together with the same
-    pairs; what is computed is the same function of them on any number of ranks."""
+    pairs. What is computed is the same function of these on any number of ranks and rows, up to
+    the rounding of sums that are taken in another order."""
     # 1. Packed rows, the same number for each rank.
     world = dist.get_world_size()
     rows = pack(pairs, config.tokens_per_micro_batch, world)
+
     # 2. The gradient of the mean loss. FSDP averages over ranks: times `world` that is a sum.
     results = run_rows(model, rows, config, grad_scale=world / len(pairs))
     grad_norm = clip_gradients(model, config.max_grad_norm)
-    # 3. The step, unless something is not finite.
+
+    # 3. The step, unless something is not finite. All ranks have the same numbers, and so decide
+    #    alike.
     for group in optimizer.param_groups:
         group["lr"] = rate
     applied = math.isfinite(grad_norm) and results.isfinite().all().item()
@@ -253,8 +281,8 @@ def train_step(model, optimizer, pairs, rate, config):
 
 
 def learning_rate(step, total, config):
-    """The learning rate of step 0 to total - 1: a linear warm-up that starts at one warm-up step's
-    worth, then a cosine towards zero."""
+    """The learning rate of step 0 to total - 1: a linear warm-up, whose first step is not 0, then a
+    cosine towards zero."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -269,7 +297,8 @@ def make_optimizer(model, config):
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    # The moments are made now and not in the first step: a checkpoint before that would make them.
+    # The moments are made now. Else get_state_dict (checkpoint.py) would make them, by a step of
+    # its own, if it had to save before the first step that is applied.
     for p in model.parameters():
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
@@ -710,8 +739,8 @@ def report_data(run, dropped):
     n_rows = len(pack(pairs[:config.pairs_per_step], config.tokens_per_micro_batch, world))
     mean = statistics.mean(map(len, pairs))
     epoch = math.ceil(len(pairs) / config.pairs_per_step)
-    print(f"batch    {config.pairs_per_step} pairs a step of {mean:.0f} tokens on average, in rows of "
-          f"at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a "
+    print(f"batch    {config.pairs_per_step} pairs a step of {mean:.0f} tokens on average, in rows "
+          f"of at most {config.tokens_per_micro_batch} (some {n_rows} a step, {n_rows // world} a "
           f"rank); {config.epochs} epochs of {epoch} steps; {len(run.steps)} steps in all")
 
 
@@ -832,7 +861,7 @@ def resolve_config(config):
 def with_method_knobs(config):
     if config.method not in METHODS:
         raise ValueError(f"method = {config.method!r}; expected one of {', '.join(METHODS)}")
-    for knob in ("alpha", "beta", "gamma_beta_ratio"):
+    for knob in dict.fromkeys(knob for knobs in METHODS.values() for knob in knobs):
         given = getattr(config, knob)
         default = METHODS[config.method].get(knob)
         if given is None:
@@ -845,8 +874,9 @@ def with_method_knobs(config):
 
 def check_numbers(config):
     for name in POSITIVE:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} = {getattr(config, name)}; expected a positive number")
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:      # None: a knob of another method
+            raise ValueError(f"{name} = {value}; expected a positive number")
     for name in FINITE:
         value = getattr(config, name)
         if value is not None and not math.isfinite(value):

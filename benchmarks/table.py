@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.scaling import model_config, random_pairs
 from benchmarks.step import trl_batch
 from data.preference import pack
-from model import BLOCK_LOGITS, KEPT_LOGITS
+from model import CHUNK_LOGITS, KEPT_LOGITS
 from plan import kept_per_token
 
 HERE = Path(__file__).resolve().parent
@@ -119,7 +119,7 @@ def predictions():
         row = max(rows, key=lambda row: len(row.tokens))
         kept = len(row.tokens) * kept_per_token(config, recompute=False)
         longest = max(C + R for _, C, R in row.lengths)
-        logits = min(KEPT_LOGITS["cpu"], V * longest) + BLOCK_LOGITS["cpu"]
+        logits = min(KEPT_LOGITS["cpu"], V * longest) + CHUNK_LOGITS["cpu"]
         counted = 4 * (kept + logits)
         measured = r["peak_bytes"]["ours"]
         parts.append(f"{counted / 1e6:.0f} MB at {V:,} (measured: {measured / 1e6:.0f})")

@@ -1,9 +1,9 @@
-"""What a row of data says as a dialogue: the prompt as turns, the answers as text.
+"""What a record of data says as a dialogue: the prompt as turns, the answers as text.
 
-    row = {"prompt": "And now?", "system": "Be brief.", "history": [["Hi", "Hello!"]]}
-    turns = prompt_turns(row, "prompt")
-    row = {"prompt": "And now?", "chosen": "Wait.", "rejected": "Go!"}
-    turns, chosen, rejected = prompt_and_answers(row)
+    record = {"prompt": "And now?", "system": "Be brief.", "history": [["Hi", "Hello!"]]}
+    turns = prompt_turns(record, "prompt")
+    record = {"prompt": "And now?", "chosen": "Wait.", "rejected": "Go!"}
+    turns, chosen, rejected = prompt_and_answers(record)
 
 A turn is {"role": "system" | "user" | "assistant", "content": "..."}. Contents are kept as they
 are; the chat format decides what is stripped of them. These columns change the prompt, as the
@@ -13,50 +13,53 @@ field's converters read them (an empty or null one counts as absent):
     history                 [[user, assistant], ...]: the turns before a prompt that is a string
     instruction and input   one prompt, an empty line between them (Alpaca's sets)
 
-A row is refused, with a ValueError, where turns of text cannot hold what it says (tools, images),
-and where its text is laid out already by some chat format, as the model's own goes around it.
+A record is refused with a ValueError if turns of text cannot hold what it says (tools, images), or
+if some chat format has laid out its text already: the model's own would go around that.
 """
 import re
 
 # Columns in which the prompt of a pair may stand; the first one that is there counts.
 PROMPT_FIELDS = ("prompt", "instruction", "question")
 
-# Columns of a row and fields of a turn that the model would have to see, but that no layout here
+# Columns of a record and fields of a turn that the model would have to see, but that no layout here
 # can show it.
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning",
             "thinking", "images", "image", "videos", "video", "audios", "audio",
             "chat_template_kwargs")
-TOOL_ROLES = ("tool", "function", "ipython")
+TOOL_ROLES = ("tool", "function", "ipython")        # of turns that hold what a tool returned
 
 
-# --- rows -----------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
-def prompt_turns(row, field, as_it_stands=False):
-    """The turns to be answered of a row whose prompt is in the column `field`.
+def prompt_turns(record, field, as_it_stands=False):
+    """The turns to be answered of a record whose prompt is in the column `field`.
 
     The columns that change the prompt are used. ValueError if they are malformed or contradict
     each other, or if a text is laid out already (unless as_it_stands).
     """
-    _refuse_more_than_text(row, "the row")
-    return _prompt_in_columns(row, field, as_it_stands)
+    _refuse_more_than_text(record, "the record")
+    return _prompt_in_columns(record, field, as_it_stands)
 
 
-def prompt_and_answers(row, as_it_stands=False):
-    """(prompt turns, chosen text, rejected text) of a row with columns `chosen` and `rejected`.
+def prompt_and_answers(record, as_it_stands=False):
+    """(prompt turns, chosen text, rejected text) of a record with columns `chosen` and `rejected`.
 
     Each of the two holds the answer alone, or a dialogue that ends with it. The prompt is in a
-    column of PROMPT_FIELDS, inside both dialogues, or in both places. ValueError if the row is
+    column of PROMPT_FIELDS, inside both dialogues, or in both places. ValueError if the record is
     malformed, contradicts itself, or is laid out already (unless as_it_stands).
     """
-    _refuse_more_than_text(row, "the row")
-    before_chosen, chosen = _split_answer(row["chosen"], "chosen", as_it_stands)
-    before_rejected, rejected = _split_answer(row["rejected"], "rejected", as_it_stands)
+    # 1. The answers, and what comes before them in dialogues.
+    _refuse_more_than_text(record, "the record")
+    before_chosen, chosen = _split_answer(record["chosen"], "chosen", as_it_stands)
+    before_rejected, rejected = _split_answer(record["rejected"], "rejected", as_it_stands)
     if not same_turns(before_chosen, before_rejected):
         raise ValueError("chosen and rejected differ before their last turn; expected one prompt "
                          "for both")
-    prompt = _prompt_of_pair(row, before_chosen, as_it_stands)
 
-    # An end mark behind one answer may be what the answer is about; behind both it is a layout.
+    # 2. The prompt of both.
+    prompt = _prompt_of_pair(record, before_chosen, as_it_stands)
+
+    # 3. An end mark behind one answer may be what the answer is about; behind both it is a layout.
     mark = _end_mark(chosen)
     if mark and mark == _end_mark(rejected) and not as_it_stands:
         raise ValueError(f"chosen and rejected end with {mark}; expected bare text, for the "
@@ -79,31 +82,31 @@ def _split_answer(value, field, as_it_stands):
     return turns[:-1], turns[-1]["content"]
 
 
-def _prompt_of_pair(row, before, as_it_stands):
+def _prompt_of_pair(record, before, as_it_stands):
     """The prompt of a pair, given the turns before the answer inside `chosen` (none if it holds
     the answer alone)."""
     # 1. Where the prompt is: in a column, before the answers, or in both places.
-    columns = [name for name in PROMPT_FIELDS if row.get(name) is not None]
+    columns = [name for name in PROMPT_FIELDS if record.get(name) is not None]
     if not columns and not before:
         raise ValueError("no field prompt, and chosen holds the answer alone; expected one or the "
                          "other to hold the prompt")
-    if before and row.get("history"):
+    if before and record.get("history"):
         raise ValueError("history beside dialogues in chosen and rejected; expected the earlier "
                          "turns in one of the two")
 
     # 2. One place is enough.
     if not before:
-        return _prompt_in_columns(row, columns[0], as_it_stands)
-    prompt = checked_turns(_with_system(before, row), "chosen", as_it_stands)
+        return _prompt_in_columns(record, columns[0], as_it_stands)
+    prompt = checked_turns(_with_system(before, record), "chosen", as_it_stands)
     if not columns:
         return prompt
 
     # 3. Both places have to agree. Some sets repeat a single turn of the dialogue as the prompt;
     #    the answers answer the whole dialogue.
     field = columns[0]
-    repeated = _prompt_in_columns(row, field, as_it_stands)
+    repeated = _prompt_in_columns(record, field, as_it_stands)
     repeats_a_turn = any(same_turns(repeated[-1:], [turn]) for turn in prompt)
-    if repeats_a_turn and isinstance(row[field], str):
+    if repeats_a_turn and isinstance(record[field], str):
         return prompt
     if not same_turns(repeated, prompt):
         raise ValueError(f"field {field} differs from the turns before the answer in chosen")
@@ -112,18 +115,18 @@ def _prompt_of_pair(row, before, as_it_stands):
 
 # --- columns --------------------------------------------------------------------------------------
 
-def _prompt_in_columns(row, field, as_it_stands):
-    prompt = _with_input(row, field)
-    turns = _earlier_turns(row, prompt, field) + as_messages(prompt, field)
-    return checked_turns(_with_system(turns, row), field, as_it_stands)
+def _prompt_in_columns(record, field, as_it_stands):
+    prompt = _with_input(record, field)
+    turns = _earlier_turns(record, prompt, field) + as_messages(prompt, field)
+    return checked_turns(_with_system(turns, record), field, as_it_stands)
 
 
-def _with_input(row, field):
+def _with_input(record, field):
     """The prompt in `field`, with the column `input` after an instruction. Beside another prompt,
     instruction and input may only repeat parts of it."""
-    prompt = row[field]
+    prompt = record[field]
     for name in ("instruction", "input"):
-        text = row.get(name)
+        text = record.get(name)
         if name == field or not text:
             continue
         are_strings = isinstance(text, str) and isinstance(prompt, str)
@@ -131,15 +134,16 @@ def _with_input(row, field):
             # Alpaca's two columns. An input of white space alone is none.
             if text.strip():
                 prompt = f"{prompt}\n\n{text}"
+        # Some sets have the parts of their prompt beside the whole of it.
         elif not isinstance(text, str) or text.strip() not in str(prompt):
             raise ValueError(f"{name} is {text!r:.60} beside {field}; expected all of the prompt "
                              f"in {field}, or in instruction and input as strings")
     return prompt
 
 
-def _earlier_turns(row, prompt, field):
+def _earlier_turns(record, prompt, field):
     """The turns in the column `history`."""
-    history = row.get("history")
+    history = record.get("history")
     if not history:
         return []
     is_history = isinstance(history, list) and all(_is_exchange(item) for item in history)
@@ -159,13 +163,14 @@ def _is_exchange(item):
     return isinstance(item, list) and [type(text) for text in item] == [str, str]
 
 
-def _with_system(turns, row):
-    """Turns that begin with the text of the row's column `system`, if there is one. ValueError if
-    they begin with another system turn."""
-    system = row.get("system")
+def _with_system(turns, record):
+    """Turns that begin with the text of the record's column `system`, if there is one. ValueError
+    if they begin with another system turn."""
+    system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"system is {system!r:.80}; expected a string, the text of the system "
                          "turn")
+    # An empty text is no system turn.
     if not system or not system.strip():
         return turns
     if turns[0]["role"] != "system":
@@ -182,6 +187,7 @@ def _with_system(turns, row):
 def as_messages(prompt, field="prompt"):
     """A prompt as a list of turns: a string is one user turn. ValueError if it is malformed, or
     more than text."""
+    # The short way to write a dialogue of one turn.
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
@@ -213,13 +219,13 @@ def _check_turn(turn, field):
 
 
 def _refuse_more_than_text(fields, where):
-    """ValueError that names a field of a row or of a turn which says more than text does. A null
+    """ValueError that names a field of a record or of a turn which says more than text does. A null
     or empty one counts as absent."""
     for name in NOT_TEXT:
         if fields.get(name):
             raise ValueError(f"{where} has {name} ({fields[name]!r:.80}), which the model would "
                              "have to see and which is not supported; take the field out if it "
-                             "does not matter, else leave the row out")
+                             "does not matter, else leave the record out")
 
 
 def same_turns(some, others):

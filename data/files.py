@@ -1,12 +1,12 @@
-"""Files of rows: reading them in every usual form, and writing files whole.
+"""Files of records: reading them in every usual form, and writing files whole.
 
-    for source, row in read_rows(["pairs.jsonl", "more.json.gz"]): ...
+    for source, record in read_records(["pairs.jsonl", "more.json.gz"]): ...
     write_whole("scores.json", text)
 
-A file of rows is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
-pyarrow, imported here alone). Its first bytes tell which, not its name. A row's source is its
+A file of records is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
+pyarrow, imported here alone). Its first bytes tell which, not its name. A record's source is its
 place: "file:line", or "file: item N" of an array or of parquet. Text is UTF-8, with or without a
-byte-order mark. What is no file of rows (another encoding, another archive, objects that are
+byte-order mark. What is no file of records (another encoding, another archive, objects that are
 indented over several lines) is refused with its name and a command that converts it.
 
 A bad line (no JSON object, or one that its reader refuses) does not end the reading. The error at
@@ -36,7 +36,7 @@ TASKS_PER_WORKER = 4        # handed out and not yet done; this bounds the memor
 
 HEAD = 1 << 20              # bytes that are looked at to tell what a file is
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-NOT_ROWS = {                # first bytes of a file: what it is
+NOT_RECORDS = {             # first bytes of a file: what it is
     b"\xff\xfe\x00\x00": "UTF-32 text",     # before UTF-16, whose mark is the same two bytes
     b"\x00\x00\xfe\xff": "UTF-32 text",
     b"\xff\xfe": "UTF-16 text",
@@ -51,21 +51,21 @@ NOT_ROWS = {                # first bytes of a file: what it is
 
 
 class Dropped(Exception):
-    """A row that is well-formed but not used; the message is the reason that is counted."""
+    """A record that is well-formed but not used; the message is the reason that is counted."""
 
 
-# --- rows -----------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
-def read_rows(files, use=None, dropped=None, skip_bad_lines=None, workers=1):
-    """Yields (source, use(row, source)) of the rows of files, in their order.
+def read_records(files, use=None, dropped=None, skip_bad_lines=None, workers=1):
+    """Yields (source, use(record, source)) of the records of files, in their order.
 
-    use: called with (row, source); None yields the rows themselves. It may raise Dropped, which is
-    counted in the Counter `dropped` by its reason, or ValueError, which makes a bad line.
+    use: called with (record, source); None yields the records themselves. It may raise Dropped,
+    which is counted in the Counter `dropped` by its reason, or ValueError, which makes a bad line.
     skip_bad_lines: True counts bad lines in `dropped`. Otherwise a ValueError at the end names the
     first ten, and advises the flag --skip_bad_lines unless this is None (the caller has no such
     flag).
-    workers > 1: rows are parsed and used in as many forked processes.
-    A file that is no file of rows is a ValueError at once.
+    workers > 1: records are parsed and used in as many forked processes.
+    A file that is no file of records is a ValueError at once.
     """
     if use is None:
         use = _as_it_is
@@ -79,7 +79,7 @@ def read_rows(files, use=None, dropped=None, skip_bad_lines=None, workers=1):
     else:
         outcomes = ((source, _outcome(use, source, item)) for source, item in items)
 
-    # Rows go out as they come; bad lines wait for the end.
+    # Records go out as they come; bad lines wait for the end.
     shown = []
     n_bad = 0
     for source, outcome in outcomes:
@@ -99,12 +99,13 @@ def read_rows(files, use=None, dropped=None, skip_bad_lines=None, workers=1):
         raise ValueError(_bad_lines(shown, n_bad, skip_bad_lines is not None))
 
 
-def _as_it_is(row, source):
-    return row
+def _as_it_is(record, source):
+    return record
 
 
 def _bad_lines(shown, n_bad, may_skip):
     """The message about n_bad bad lines, of which some are shown."""
+    # A single one is told on one line, as any other error.
     if n_bad == 1:
         advice = "; put it right, or drop and count such lines with --skip_bad_lines"
         return shown[0] + (advice if may_skip else "")
@@ -116,7 +117,7 @@ def _bad_lines(shown, n_bad, may_skip):
 
 
 def _outcome(use, source, item):
-    """use(row, source), or the Dropped or the ValueError that says why there is none."""
+    """use(record, source), or the Dropped or the ValueError that says why there is none."""
     try:
         return use(parse_item(item), source)
     except Dropped as reason:
@@ -125,18 +126,18 @@ def _outcome(use, source, item):
         return ValueError(f"{source}: {e}")
     except (KeyboardInterrupt, SystemExit):
         raise
-    # A mistake of ours, or a panic in a library (of Rust), which is no Exception: name the row.
+    # A mistake of ours, or a panic in a library (of Rust), which is no Exception: name the record.
     except BaseException as e:
         raise RuntimeError(f"{source}: {type(e).__name__}: {e}") from e
 
 
 def read_jsonl(path):
-    """Yields (source, row) of one file. ValueError names the bad lines."""
-    return read_rows([path])
+    """Yields (source, record) of one file. ValueError names the bad lines."""
+    return read_records([path])
 
 
 def parse_line(source, line):
-    """The row of a line (bytes). ValueError names the source."""
+    """The record of a line (bytes). ValueError names the source."""
     try:
         return parse_item(line)
     except ValueError as e:
@@ -144,13 +145,14 @@ def parse_line(source, line):
 
 
 def parse_item(item):
-    """The row of a line (bytes), or of an item that is parsed already. ValueError unless it is an
-    object of whole characters and finite numbers."""
+    """The record of a line (bytes), or of an item that is parsed already. ValueError unless it is
+    an object of whole characters and finite numbers."""
+    # Items of arrays and of parquet are objects already.
     try:
-        row = json.loads(item.decode()) if isinstance(item, bytes) else item
-        if not isinstance(row, dict):
-            raise TypeError(f"expected a JSON object, found {row!r:.60}")
-        _check_values(row, "")
+        record = json.loads(item.decode()) if isinstance(item, bytes) else item
+        if not isinstance(record, dict):
+            raise TypeError(f"expected a JSON object, found {record!r:.60}")
+        _check_values(record, "")
     except UnicodeDecodeError as e:
         # Told in the words of a text editor: bytes are counted from 1.
         raise ValueError(
@@ -163,12 +165,12 @@ def parse_item(item):
         raise ValueError("nested too deep to be read") from None
     except TypeError as e:
         raise ValueError(str(e)) from None
-    return row
+    return record
 
 
 def _check_values(value, field):
-    """ValueError that names the field of a row which holds half a surrogate pair, or a number that
-    is not finite. Python's json reads both, but neither UTF-8 nor JSON has them."""
+    """ValueError that names the field of a record which holds half a surrogate pair, or a number
+    that is not finite. Python's json reads both, but neither UTF-8 nor JSON has them."""
     if isinstance(value, str):
         if not value.isascii():     # which is fast, and mostly so
             try:
@@ -185,7 +187,7 @@ def _check_values(value, field):
     # Containers: the field is spelled as in jq, a.b[0].
     elif isinstance(value, dict):
         for name, inner in value.items():
-            _check_values(name, f"a name in {field or 'the row'}")
+            _check_values(name, f"a name in {field or 'the record'}")
             _check_values(inner, f"{field}.{name}" if field else name)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
@@ -236,9 +238,9 @@ def _unpacked(path):
 
 
 def _refuse_other_kinds(path, head):
-    """ValueError if the first bytes of a file are of another kind than rows have."""
+    """ValueError if the first bytes of a file are of another kind than records have."""
     expected = "expected JSON Lines or a JSON array in UTF-8, gzipped or not, or parquet"
-    for first, kind in NOT_ROWS.items():
+    for first, kind in NOT_RECORDS.items():
         if head.startswith(first):
             advice = "Unpack or convert it"
             if "text" in kind:
@@ -263,22 +265,22 @@ def _is_indented(start):
 def _read_array(path, content):
     """Yields (source, item) of a JSON array, which can only be read whole."""
     try:
-        rows = json.loads(content.decode("utf-8-sig"))      # -sig: past a byte-order mark
+        records = json.loads(content.decode("utf-8-sig"))      # -sig: past a byte-order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a valid JSON array ({e})") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: item {number}", row
+    for number, record in enumerate(records, 1):
+        yield f"{path}: item {number}", record
 
 
 def _read_parquet(path):
-    """Yields (source, row) of a parquet file, with the values that its rows would have as JSON."""
+    """Yields (source, record) of a parquet file, with the values that records have as JSON."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install "
-                         "pyarrow, or save the rows as JSON Lines") from None
+                         "pyarrow, or save the records as JSON Lines") from None
 
     def as_text(value):
         if isinstance(value, bytes):
@@ -286,12 +288,12 @@ def _read_parquet(path):
                              "expected text: cast the column to string")
         return str(value)       # dates and the like
 
-    # Through JSON and back: a row is what it would be in a file of JSON Lines.
+    # Through JSON and back: a record is what it would be in a file of JSON Lines.
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
+        for record in batch.to_pylist():
             number += 1
-            yield f"{path}: item {number}", json.loads(json.dumps(row, default=as_text))
+            yield f"{path}: item {number}", json.loads(json.dumps(record, default=as_text))
 
 
 # --- forked workers -------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def _outcomes_of_workers(use, items, workers):
     with ProcessPoolExecutor(workers, fork, _begin_worker, (use, at_work, os.getpid())) as pool:
         try:
             for number in itertools.count():
-                # Lines are read here, and tokenised by whoever is free.
+                # Lines are read in this process; a free worker gets a task of them.
                 lines = list(itertools.islice(items, LINES_PER_TASK))
                 if not lines:
                     break
@@ -399,9 +401,9 @@ def write_whole(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_rows(path, rows):
-    """Writes rows as JSON Lines, whole."""
+def write_records(path, records):
+    """Writes records as JSON Lines, whole."""
     with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         # Text stays readable: no \u escapes for other alphabets.
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=f)
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False), file=f)

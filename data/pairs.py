@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.dialogues import as_messages, same_turns
-from data.files import Dropped, read_rows, write_rows
+from data.files import Dropped, read_records, write_records
 from data.preference import are_finite_numbers, best_against_worst
 
 
@@ -31,35 +31,37 @@ def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_s
     ValueError names the bad lines (skip_bad_lines: they are dropped and counted), or says that no
     pair is left.
     """
-    def use(row, source):
-        return make_pair(row, min_gap, uncertainty, as_it_stands)
+    def use(record, source):
+        return make_pair(record, min_gap, uncertainty, as_it_stands)
 
-    # A bad line, or one that makes no pair, is dealt with in read_rows.
+    # A bad line, or one that makes no pair, is dealt with in read_records.
     dropped = Counter()
-    pairs = [pair for _, pair in read_rows([path], use, dropped, skip_bad_lines)]
+    pairs = [pair for _, pair in read_records([path], use, dropped, skip_bad_lines)]
     if not pairs:
         reasons = [f"{n} {reason}" for reason, n in dropped.items()] or ["the file is empty"]
         raise ValueError(f"{path}: no pairs left to write ({'; '.join(reasons)})")
     return pairs, dropped
 
 
-def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
-    """The pair of one row of scored answers, as a line to write.
+def make_pair(record, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
+    """The pair of one record of scored answers, as a line to write.
 
-    ValueError if the row is malformed, Dropped for a tie or a gap of scores under min_gap.
+    ValueError if the record is malformed, Dropped for a tie or a gap of scores under min_gap.
     """
-    # From here on the lowered scores are the scores of the answers (of a copy: the row stays).
+    # From here on the lowered scores are the scores of the answers (of a copy: the record stays).
     if uncertainty:
-        row = row | {"all_rm_scores": cautious_scores(row, uncertainty)}
-    turns, best, worst = best_against_worst(row, as_it_stands)
-    answers = row["all_generated_responses"]
-    scores = row["all_rm_scores"]
+        record = record | {"all_rm_scores": cautious_scores(record, uncertainty)}
+    turns, best, worst = best_against_worst(record, as_it_stands)
+    answers = record["all_generated_responses"]
+    scores = record["all_rm_scores"]
+
+    # Scores are noisy: a small gap may prefer the worse answer.
     if scores[best] - scores[worst] < min_gap:
         raise Dropped(f"gap under min_gap = {min_gap:g}")
 
     # The prompt stays as it was given, unless columns (system, history) add to it: the line that is
     # written has no such columns.
-    prompt = row["prompt"]
+    prompt = record["prompt"]
     if not same_turns(as_messages(prompt), turns):
         prompt = turns
     return {
@@ -71,15 +73,15 @@ def make_pair(row, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
     }
 
 
-def cautious_scores(row, uncertainty):
-    """Of every answer of a row, the mean of its scores less `uncertainty` standard deviations.
+def cautious_scores(record, uncertainty):
+    """Of every answer of a record, the mean of its scores less `uncertainty` standard deviations.
 
     The column all_scorer_scores holds a list for each scorer, with a score for each answer.
     ValueError if it is malformed.
     """
     # The scoring command writes this column where it ran several scorers.
-    scores_by_scorer = row.get("all_scorer_scores")
-    n_answers = len(row.get("all_generated_responses", ()))
+    scores_by_scorer = record.get("all_scorer_scores")
+    n_answers = len(record.get("all_generated_responses", ()))
     if not isinstance(scores_by_scorer, list) or len(scores_by_scorer) < 2:
         raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for "
                          "--uncertainty")
@@ -103,7 +105,7 @@ def main(argv=None):
     args = parse_args(argv)
     pairs, dropped = make_pairs(
         args.input, args.min_gap, args.uncertainty, args.skip_bad_lines, args.as_it_stands)
-    write_rows(args.output, pairs)
+    write_records(args.output, pairs)
 
     # 2. Say what was made of the file.
     print(f"pairs    {len(pairs)} in {args.output}; {sum(dropped.values())} dropped")

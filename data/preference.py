@@ -1,11 +1,11 @@
 """Preference pairs: from lines of JSON to tokens, from tokens to packed rows.
 
     pairs, dropped = load_pairs(["pairs.jsonl"], chat, max_length=2048, max_prompt_length=1800)
-    for step in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
-        for row in pack([pairs[i] for i in step], tokens_per_row=8192): ...
+    for indices in epoch_steps(len(pairs), pairs_per_step=128, seed=0, epoch=0):
+        for row in pack([pairs[i] for i in indices], tokens_per_row=8192): ...
 
 `chat` is the chat format of a model (tokenizer.py): it turns prompts and answers into token ids. A
-row of a file (data/files.py reads them) has one of these shapes:
+record of a file (data/files.py reads them) has one of these shapes:
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}
     {"prompt": "..." or [turns], "chosen": [turns], "rejected": [turns]}
@@ -17,8 +17,8 @@ where a turn is {"role": "system" | "user" | "assistant", "content": "..."}. dat
 which columns may hold or change the prompt, and what is refused because it is not text (tools,
 images); other columns are ignored.
 
-A row of another shape is a bad line, and named by file and line. A pair that cannot teach anything
-(identical answers) or is too long is dropped and counted. Nothing is ever cut short.
+A record of another shape is a bad line, and named by file and line. A pair that cannot teach
+anything (identical answers) or is too long is dropped and counted. Nothing is ever cut short.
 """
 import hashlib
 import heapq
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data.dialogues import prompt_and_answers, prompt_turns
-from data.files import Dropped, read_rows, written_whole
+from data.files import Dropped, read_records, written_whole
 
 
 @dataclass
@@ -51,50 +51,52 @@ class PreferencePair:
         return len(self.prompt), len(self.chosen), len(self.rejected)
 
     def __len__(self):
-        """Tokens in a packed row. The prompt is there once, for both responses (prefix sharing)."""
+        """The tokens that the pair takes in a packed row. The prompt is there once, for both
+        responses (prefix sharing)."""
         return sum(self.lengths)
 
 
 @dataclass
 class PackedPairs:
-    """A packed row: pairs end to end, [prompt | chosen | rejected] each, without padding.
+    """A packed row: pairs end to end, [prompt | chosen | rejected] each, without padding. Padding
+    would be computed and thrown away, and pairs of any lengths fill a row as well.
 
-    Who sees whom is decided by the attention of model.py: a response sees its prompt and itself,
-    never the other response and never another pair.
+    A response sees its prompt and itself, never the other response and never another pair
+    (pair_attention in model.py).
     """
     tokens: torch.Tensor                    # (T,) int64
     lengths: list[tuple[int, int, int]]     # (prompt, chosen, rejected) of each pair; add up to T
     pairs: list[PreferencePair]
-    indices: list[int]                      # where the pairs stood in what was packed; empty: the
-                                            # row must not count (see pack)
+    indices: list[int]                      # of the pairs, in the list that `pack` was given.
+                                            # Empty: the row is a filler that must not count
 
 
-# --- from a row of JSON to a pair -----------------------------------------------------------------
+# --- from a record of JSON to a pair --------------------------------------------------------------
 
-def parse_row(row, as_it_stands=False):
-    """(prompt turns, chosen text, rejected text) of one row, white space included.
+def parse_record(record, as_it_stands=False):
+    """(prompt turns, chosen text, rejected text) of one record, white space included.
 
-    as_it_stands: take text that some chat format has laid out already, instead of refusing it.
-    ValueError if the row is malformed, Dropped for a tie.
+    Text that some chat format has laid out already (<|im_start|>, "Human:" ...) is refused, unless
+    as_it_stands. ValueError if the record is malformed, Dropped if all its scores are equal.
     """
-    # SimPO's published sets have all of these columns: the pair that was published counts.
-    if "chosen" in row and "rejected" in row:
-        return prompt_and_answers(row, as_it_stands)
-    if "all_generated_responses" in row and "all_rm_scores" in row:
-        prompt, best, worst = best_against_worst(row, as_it_stands)
-        answers = row["all_generated_responses"]
+    # SimPO's published sets have all of these columns. Then chosen and rejected count.
+    if "chosen" in record and "rejected" in record:
+        return prompt_and_answers(record, as_it_stands)
+    if "all_generated_responses" in record and "all_rm_scores" in record:
+        prompt, best, worst = best_against_worst(record, as_it_stands)
+        answers = record["all_generated_responses"]
         return prompt, answers[best], answers[worst]
-    raise ValueError(f"fields {sorted(row)}; expected chosen and rejected, or "
+    raise ValueError(f"fields {sorted(record)}; expected chosen and rejected, or "
                      "all_generated_responses and all_rm_scores")
 
 
-def best_against_worst(row, as_it_stands=False):
-    """(prompt turns, index of the best answer, index of the worst) of a row of scored answers.
+def best_against_worst(record, as_it_stands=False):
+    """(prompt turns, index of the best answer, index of the worst) of a record of scored answers.
 
-    ValueError if the row is malformed, Dropped for a tie.
+    ValueError if the record is malformed, Dropped for a tie.
     """
-    prompt, answers = as_answers(row, as_it_stands)
-    scores = row.get("all_rm_scores")
+    prompt, answers = as_answers(record, as_it_stands)
+    scores = record.get("all_rm_scores")
     if not are_finite_numbers(scores):
         raise ValueError("all_rm_scores; expected a list of finite numbers")
     if len(answers) != len(scores) or len(answers) < 2:
@@ -108,31 +110,31 @@ def best_against_worst(row, as_it_stands=False):
     return prompt, scores.index(best), scores.index(worst)
 
 
-def as_answers(row, as_it_stands=False):
-    """(prompt turns, answers) of a row of sampled answers. ValueError if it is malformed."""
-    if row.get("prompt") is None:
+def as_answers(record, as_it_stands=False):
+    """(prompt turns, answers) of a record of sampled answers. ValueError if it is malformed."""
+    if record.get("prompt") is None:
         raise ValueError("no field prompt beside all_generated_responses")
-    answers = row.get("all_generated_responses")
+    answers = record.get("all_generated_responses")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("all_generated_responses; expected a list of strings")
-    return prompt_turns(row, "prompt", as_it_stands), answers
+    return prompt_turns(record, "prompt", as_it_stands), answers
 
 
 def are_finite_numbers(values):
-    """Whether a value of a row is a list of finite numbers."""
+    """Whether a value of a record is a list of finite numbers."""
     if not isinstance(values, list):
         return False
     # type() and not isinstance(): True and False are ints too.
     return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
-def encode_pair(row, source, chat, max_length, max_prompt_length, as_it_stands=False):
-    """The PreferencePair of one row, by the chat format `chat`.
+def encode_pair(record, source, chat, max_length, max_prompt_length, as_it_stands=False):
+    """The PreferencePair of one record, by the chat format `chat`.
 
     max_length bounds the tokens of the prompt with either response, as a sequence of its own.
-    ValueError if the row is malformed, Dropped if the pair cannot teach anything or is too long.
+    ValueError if the record is malformed, Dropped if the pair cannot teach anything or is too long.
     """
-    prompt, chosen, rejected = parse_row(row, as_it_stands)
+    prompt, chosen, rejected = parse_record(record, as_it_stands)
     if not prompt[-1]["content"].strip():
         raise Dropped("an empty prompt")
     if not chosen.strip() or not rejected.strip():
@@ -163,21 +165,22 @@ def encode_pair(row, source, chat, max_length, max_prompt_length, as_it_stands=F
 
 def load_pairs(files, chat, max_length, max_prompt_length, workers=1, skip_bad_lines=False,
                as_it_stands=False):
-    """(pairs, dropped) of files of rows, in their order; `dropped` counts what was left out, by
+    """(pairs, dropped) of files of records, in their order; `dropped` counts what was left out, by
     reason.
 
-    workers > 1: rows are tokenised in as many forked processes. ValueError names the bad lines by
-    file and line (skip_bad_lines: they are dropped and counted), or says that no pair is left.
+    workers > 1: records are tokenised in as many forked processes. ValueError names the bad lines
+    by file and line (skip_bad_lines: they are dropped and counted), or says that no pair is left.
     """
     # Forked workers inherit this function, and the chat format in it, without pickling.
-    def encode(row, source):
-        return encode_pair(row, source, chat=chat, max_length=max_length,
+    def encode(record, source):
+        return encode_pair(record, source, chat=chat, max_length=max_length,
                            max_prompt_length=max_prompt_length, as_it_stands=as_it_stands)
 
+    # Large data takes minutes: a line now and then says how far it is.
     pairs = []
     dropped = Counter()
     start = time.time()
-    for _, pair in read_rows(files, encode, dropped, skip_bad_lines, workers):
+    for _, pair in read_records(files, encode, dropped, skip_bad_lines, workers):
         pairs.append(pair)
         if len(pairs) % 10_000 == 0:
             seconds = time.time() - start
@@ -196,8 +199,8 @@ def hold_out(pairs, n, seed):
     """(training pairs, held-out pairs), drawn by seed; both keep the order of the files.
 
     Pairs of one prompt stay on one side, so that no held-out prompt was trained on. Where prompts
-    repeat, fewer than n pairs may be held out, never more: a prompt with more pairs than are still
-    missing is passed over. ValueError if n is too many, or if every prompt has more than n pairs.
+    repeat, it may be fewer than n pairs, never more: a prompt whose pairs would make it more than n
+    is passed over. ValueError if n is too many, or if every prompt has more than n pairs.
     """
     if not 0 <= n < len(pairs):
         raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs")
@@ -205,8 +208,8 @@ def hold_out(pairs, n, seed):
     for i, pair in enumerate(pairs):
         indices_of_prompt.setdefault(pair.prompt.tobytes(), []).append(i)
 
-    # Prompts are drawn with the chance of each pair. Where they are unique, these are simply the
-    # first n pairs of a seeded permutation.
+    # Pairs are drawn, and each brings the others of its prompt along. Where prompts are unique,
+    # these are simply the first n pairs of a seeded permutation.
     held_indices = set()
     for i in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         together = indices_of_prompt[pairs[i].prompt.tobytes()]
@@ -243,12 +246,12 @@ def pack(pairs, tokens_per_row, ranks=1):
     Every pair is in exactly one row, whole.
 
     This is bin packing, longest processing time first: the pairs go, longest first, each onto the
-    row that has the fewest tokens so far. So rows are of near-equal work, and about as few as can
-    hold the pairs.
+    row that has the fewest tokens so far. So rows have nearly equal numbers of tokens, and there
+    are about as few as can hold the pairs.
 
-    The number of rows is a multiple of `ranks`: rank r takes rows[r::ranks], and all ranks run as
-    many. Where there are more rows than pairs, each row left over holds the shortest pair once more
-    and no indices: it keeps its rank in step with the others and must be run with weight 0.
+    The number of rows is a multiple of `ranks`: rank r runs rows[r::ranks], so that all ranks run
+    the same number of rows. Where that makes more rows than pairs, each row left over is a filler:
+    it holds the shortest pair once more and no indices, and must be run with weight 0.
     """
     check_fit(pairs, tokens_per_row)
     n_tokens = [len(pair) for pair in pairs]
@@ -281,7 +284,8 @@ def pack(pairs, tokens_per_row, ranks=1):
 
 
 def check_fit(pairs, tokens_per_row):
-    """ValueError that names the longest pair if no row can hold it."""
+    """ValueError that names the longest pair if no row can hold it. (What is tokens_per_row here
+    is train.py's tokens_per_micro_batch: a micro-batch is a row.)"""
     longest = max(pairs, key=len)
     if len(longest) > tokens_per_row:
         raise ValueError(f"{longest.source}: the pair has {len(longest)} tokens, more than "
@@ -300,8 +304,8 @@ def _end_to_end(pairs):
 # --- a cache of tokenised pairs -------------------------------------------------------------------
 
 def content_hash(files, *others):
-    """A hash of the content of files and the values of others (numbers, strings), in hexadecimal:
-    it changes where what is made of them could."""
+    """The key of a cache, in hexadecimal: another one whenever a byte of the files or one of the
+    other values (numbers, strings) is another."""
     sha = hashlib.sha256(repr(others).encode())
     for file in files:
         with open(file, "rb") as f:

@@ -18,8 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.files import Dropped, write_rows
-from data.preference import best_against_worst, parse_row
+from data.files import Dropped, write_records
+from data.preference import best_against_worst, parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,20 +28,20 @@ SETS = ("llama3-ultrafeedback-armorm", "llama3-ultrafeedback", "mistral-instruct
 FIELDS = ("prompt_id", "prompt", "all_generated_responses", "all_rm_scores", "chosen", "rejected")
 
 
-def convert(row):
-    """(line to write, whether its published pair is the best answer against the worst) of one row.
+def convert(record):
+    """(line to write, whether its published pair is best against worst) of one record.
 
-    ValueError if the row is malformed: chosen and rejected have to be lists of turns that begin
+    ValueError if the record is malformed: chosen and rejected have to be lists of turns that begin
     with the prompt.
     """
-    missing = [name for name in FIELDS if name not in row]
+    missing = [name for name in FIELDS if name not in record]
     if missing:
-        raise ValueError(f"no column {', '.join(missing)}; found {', '.join(row)}")
-    line = {name: row[name] for name in FIELDS}
+        raise ValueError(f"no column {', '.join(missing)}; found {', '.join(record)}")
+    line = {name: record[name] for name in FIELDS}
 
     # Only the shape of the pair is checked here. Which texts are taken, train.py decides when it
     # reads the file.
-    _, chosen, rejected = parse_row(line, as_it_stands=True)
+    _, chosen, rejected = parse_record(line, as_it_stands=True)
     try:
         _, best, worst = best_against_worst(line, as_it_stands=True)
     except Dropped:
@@ -79,15 +79,15 @@ def main(argv=None):
     for split in ("train", "test"):
         lines = []
         n_differing = 0
-        for number, row in enumerate(splits[split], 1):
+        for number, record in enumerate(splits[split], 1):
             try:
-                line, agrees = convert(row)
+                line, agrees = convert(record)
             except ValueError as e:
-                raise ValueError(f"{name}, {split}, row {number}: {e}") from None
+                raise ValueError(f"{name}, {split}, record {number}: {e}") from None
             lines.append(line)
             if not agrees:
                 n_differing += 1
-        write_rows(folder / f"{split}.jsonl", lines)
+        write_records(folder / f"{split}.jsonl", lines)
 
         note = ""
         if n_differing:

@@ -23,7 +23,7 @@ import torch
 
 import cpu
 from data.dialogues import prompt_turns
-from data.files import read_jsonl, write_rows
+from data.files import read_jsonl, write_records
 from experiments.drift import drift, load_fast
 from tokenizer import load_chat
 from train import parse_config
@@ -139,7 +139,7 @@ def run_all(study, rows, jobs):
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # each run has one thread
         for row in pool.map(run_job, todo):
             rows.append(row)
-            write_rows(study.results, rows)
+            write_records(study.results, rows)
             print(f"{row['label']:18} rate {row['learning_rate']:g} seed {row['seed']}: score "
                   f"{row['score']:.1f}, chosen {row['displacement_chosen']:+.3f}, "
                   f"KL {row['kl']:.4f}", flush=True)

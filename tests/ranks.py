@@ -33,7 +33,8 @@ class Ranks:
     """`world` processes that run function(*args), on `nodes` pretended nodes. Outputs are in folder/rank-N.log."""
 
     def __init__(self, world, folder, function, *args, nodes=1, **environment):
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)   # as torchrun's
+        # as torchrun's
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(world)]
         self.processes = []

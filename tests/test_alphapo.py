@@ -1,4 +1,5 @@
-"""The loss against closed forms in 60 digits, the paper's numbers, and a small model under gradient flow.
+"""The loss against closed forms in 60 digits, the paper's numbers, and a small model under gradient
+flow.
 
     pytest tests/test_alphapo.py
 """
@@ -16,13 +17,14 @@ import pytest
 import torch
 
 import alphapo
-from alphapo import (alphapo_loss, alphapo_reward, average_logps, displacement_metrics, dpo_loss, pair_metrics,
-                     simpo_loss)
+from alphapo import (alphapo_loss, alphapo_reward, average_logps, displacement_metrics, dpo_loss,
+                     pair_metrics, simpo_loss)
 
 mpmath.mp.dps = 60
-ALPHAS = [sign * size for size in (1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.25, 1, 2, 4) for sign in (-1, 1)]
+ALPHAS = [sign * size for size in (1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.25, 1, 2, 4)
+          for sign in (-1, 1)]
 LOGPS = [-0.01, -0.1, -0.5, -0.8, -2.0, -11.8, -30.0, -50.0, -80.0]
-PAIRS = list(itertools.permutations(LOGPS, 2))      # every pair in the right order and in the wrong one
+PAIRS = list(itertools.permutations(LOGPS, 2))      # each in the right order and in the wrong one
 
 
 def exact_margin(chosen, rejected, alpha, beta, ratio):
@@ -50,21 +52,24 @@ def loss_and_gradients(pairs, dtype, **knobs):
     return chosen.detach(), rejected.detach(), losses.detach(), chosen.grad, rejected.grad
 
 
-# --- exactness --------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_loss_and_gradients_are_exact_to_1e_6(alpha, dtype):
-    # The rounded input is the exact input. Below the smallest normal number of a type, 0 is as good as it gets.
+    # The rounded input is the exact input. Below the smallest normal number of a type, 0 is as good
+    # as it gets.
     beta, ratio = 2.5, 0.1
     rows = zip(*loss_and_gradients(PAIRS, dtype, alpha=alpha, beta=beta, gamma_beta_ratio=ratio))
     for chosen, rejected, *got in rows:
         args = numbers(chosen, rejected, alpha, beta, ratio)
         for value, exact in zip(got, [exact_loss(*args), *exact_gradients(*args)]):
             limits = torch.finfo(value.dtype)
-            if abs(exact) < limits.max:             # a float32 input cannot hold a gradient of 1e139; a float64 one can
+            # A float32 input cannot hold a gradient of 1e139; a float64 one can.
+            if abs(exact) < limits.max:
                 error = abs(mpmath.mpf(value.item()) - exact)
-                assert error <= 1e-6 * abs(exact) + limits.tiny, (float(chosen), float(rejected), value, exact)
+                assert error <= 1e-6 * abs(exact) + limits.tiny, (
+                    float(chosen), float(rejected), value, exact)
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 1e-6, 0.25, 2.0])
@@ -72,13 +77,15 @@ def test_gradient_formula_is_the_derivative_of_the_loss(alpha):
     for chosen, rejected in [(-0.5, -0.8), (-0.8, -0.5), (-3.0, -2.5)]:
         args = numbers(chosen, rejected, alpha, 2.5, 0.1)
         for side, formula in enumerate(exact_gradients(*args)):
-            slope = mpmath.diff(lambda logp: exact_loss(*args[:side], logp, *args[side + 1:]), args[side])
+            slope = mpmath.diff(lambda logp: exact_loss(*args[:side], logp, *args[side + 1:]),
+                                args[side])
             assert abs(slope - formula) <= mpmath.mpf(10) ** -20 * abs(formula)
 
 
 @pytest.mark.parametrize("alpha", [-4.0, -0.25, 0.0, 1e-8, 0.25, 1.0, 4.0])
 def test_autograd_agrees_with_finite_differences(alpha):
-    chosen, rejected = torch.tensor([[-0.5, -0.8, -1.3, -2.0], [-0.8, -0.5, -1.2, -2.1]], dtype=torch.float64)
+    chosen, rejected = torch.tensor([[-0.5, -0.8, -1.3, -2.0], [-0.8, -0.5, -1.2, -2.1]],
+                                    dtype=torch.float64)
     loss = lambda c, r: alphapo_loss(c, r, alpha=alpha, beta=2.5, gamma_beta_ratio=0.1)[0]
     assert torch.autograd.gradcheck(loss, (chosen.requires_grad_(), rejected.requires_grad_()))
 
@@ -91,7 +98,8 @@ def simpo_by_hand(chosen, rejected, beta, ratio):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beta, ratio", [(2.5, 0.1), (2.5, 0.55), (10.0, 0.3)])
 def test_alpha_zero_is_simpo_bit_for_bit(beta, ratio, dtype):
-    chosen, rejected, losses, *grads = loss_and_gradients(PAIRS, dtype, alpha=0.0, beta=beta, gamma_beta_ratio=ratio)
+    chosen, rejected, losses, *grads = loss_and_gradients(PAIRS, dtype, alpha=0.0, beta=beta,
+                                                          gamma_beta_ratio=ratio)
     expected = simpo_by_hand(chosen.requires_grad_(), rejected.requires_grad_(), beta, ratio)
     assert torch.equal(losses, expected)
     assert all(map(torch.equal, grads, torch.autograd.grad(expected.sum(), (chosen, rejected))))
@@ -99,24 +107,27 @@ def test_alpha_zero_is_simpo_bit_for_bit(beta, ratio, dtype):
 
 
 def test_simpo_loss_is_the_one_of_the_simpo_paper():
-    # Meng et al., equation 6, in floats: -log sigmoid(beta / |y_w| log pi(y_w) - beta / |y_l| log pi(y_l) - gamma)
+    # Meng et al., equation 6, in floats:
+    #     -log sigmoid(beta / |y_w| log pi(y_w) - beta / |y_l| log pi(y_l) - gamma)
     losses, chosen_rewards, rejected_rewards = simpo_loss(
         torch.tensor([-0.34]), torch.tensor([-0.5]), beta=2.5, gamma_beta_ratio=0.55)
     margin = 2.5 * -0.34 - 2.5 * -0.5 - 0.55 * 2.5
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-margin)), rel=1e-6)
-    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx((2.5 * -0.34, 2.5 * -0.5), rel=1e-6)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx(
+        (2.5 * -0.34, 2.5 * -0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [-1e-9, 1e-9])
 def test_loss_and_gradients_are_continuous_at_alpha_zero(alpha):
-    # The distance to SimPO shrinks with alpha: |r_alpha - r_0| is about beta * alpha * l^2 / 2 = 1e-5 at l = -80.
+    # The distance to SimPO shrinks with alpha: |r_alpha - r_0| is about
+    # beta * alpha * l^2 / 2 = 1e-5 at l = -80.
     near = loss_and_gradients(PAIRS, torch.float64, alpha=alpha, beta=2.5, gamma_beta_ratio=0.1)
     at_zero = loss_and_gradients(PAIRS, torch.float64, alpha=0.0, beta=2.5, gamma_beta_ratio=0.1)
     for a, b in zip(near[2:], at_zero[2:]):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=0)
 
 
-# --- no overflow ------------------------------------------------------------------------------------------------------
+# --- no overflow ----------------------------------------------------------------------------------
 
 def naive_rewards(logps, alpha, beta):
     """How the formula is often coded: the probability first, then its power, in float32."""
@@ -124,14 +135,16 @@ def naive_rewards(logps, alpha, beta):
     return beta * (1 - probabilities ** -alpha) / alpha
 
 
-@pytest.mark.parametrize("alpha, pair", [(2.0, (-50.0, -50.5)), (2.0, (-50.5, -50.0)), (0.25, (-105.0, -106.0)),
-                                         (0.25, (-106.0, -105.0)), (1.0, (-90.0, -89.0)), (-0.25, (-110.0, -105.0))])
+@pytest.mark.parametrize("alpha, pair", [
+    (2.0, (-50.0, -50.5)), (2.0, (-50.5, -50.0)), (0.25, (-105.0, -106.0)),
+    (0.25, (-106.0, -105.0)), (1.0, (-90.0, -89.0)), (-0.25, (-110.0, -105.0))])
 def test_loss_and_gradients_are_finite_where_the_naive_form_is_not(alpha, pair):
     if alpha > 0:
         assert not naive_rewards(pair, alpha, 2.5).isfinite().any()
     else:
-        assert naive_rewards(pair, alpha, 2.5).diff() == 0          # p is 0 in float32: the two look alike
-    _, _, *got = loss_and_gradients([pair], torch.float64, alpha=alpha, beta=2.5, gamma_beta_ratio=0.1)
+        assert naive_rewards(pair, alpha, 2.5).diff() == 0      # p is 0 in float32: both look alike
+    _, _, *got = loss_and_gradients([pair], torch.float64, alpha=alpha, beta=2.5,
+                                    gamma_beta_ratio=0.1)
     args = numbers(*pair, alpha, 2.5, 0.1)
     for value, exact in zip(got, [exact_loss(*args), *exact_gradients(*args)]):
         assert value.isfinite().all()
@@ -141,24 +154,27 @@ def test_loss_and_gradients_are_finite_where_the_naive_form_is_not(alpha, pair):
 @pytest.mark.parametrize("alpha, digits_lost", [(1e-3, 1e-5), (1e-6, 1e-2)])
 def test_reward_keeps_its_digits_at_small_alpha_where_the_naive_form_loses_them(alpha, digits_lost):
     logps = torch.linspace(-0.2, -2, 50)
-    exact = torch.tensor([float(-2.5 * mpmath.expm1(-alpha * x) / alpha) for x in numbers(*logps)], dtype=torch.float64)
+    exact = torch.tensor([float(-2.5 * mpmath.expm1(-alpha * x) / alpha) for x in numbers(*logps)],
+                         dtype=torch.float64)
     relative_error = lambda rewards: (rewards / exact - 1).abs().max()
     assert relative_error(naive_rewards(logps.tolist(), alpha, 2.5)) > digits_lost
     assert relative_error(alphapo_reward(logps, alpha=alpha, beta=2.5)) < 1e-12
 
 
-# --- the paper's numbers ----------------------------------------------------------------------------------------------
+# --- the paper's numbers --------------------------------------------------------------------------
 
 def slope(chosen, rejected, alpha, beta=2.5, ratio=0.1):
     """|dL/dv| of a parameter v that moves the chosen log-prob by 1 and the rejected one by 0.5."""
     v = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    alphapo_loss(chosen + v, rejected + 0.5 * v, alpha=alpha, beta=beta, gamma_beta_ratio=ratio)[0].backward()
+    alphapo_loss(chosen + v, rejected + 0.5 * v, alpha=alpha, beta=beta,
+                 gamma_beta_ratio=ratio)[0].backward()
     return v.grad.abs().item()
 
 
 @pytest.mark.parametrize("alpha, right_order, wrong_order", [
-    (-4, ".157", ".039"), (-1, ".443", ".239"), (-0.5, ".474", ".483"), (0, ".472", ".914"), (0.25, ".453", "1.24"),
-    (0.5, ".420", "1.67"), (1, ".312", "2.96"), (2, ".044", "8.58"), (4, "3.5e-4", "52"), (8, "4e-72", "1436")])
+    (-4, ".157", ".039"), (-1, ".443", ".239"), (-0.5, ".474", ".483"), (0, ".472", ".914"),
+    (0.25, ".453", "1.24"), (0.5, ".420", "1.67"), (1, ".312", "2.96"), (2, ".044", "8.58"),
+    (4, "3.5e-4", "52"), (8, "4e-72", "1436")])
 def test_gradient_sizes_of_the_worked_table(alpha, right_order, wrong_order):
     for pair, printed in [((-0.5, -0.8), right_order), ((-0.8, -0.5), wrong_order)]:
         half_a_unit = Decimal(5).scaleb(Decimal(printed).as_tuple().exponent - 1)
@@ -183,7 +199,8 @@ def test_gradient_is_not_monotonic_in_alpha():
     assert peak > falling and peak > rising
 
 
-@pytest.mark.parametrize("logp, printed", [(-0.2, "1.05"), (-1.0, "1.28"), (-2.0, "1.65"), (-11.76, "18.9")])
+@pytest.mark.parametrize("logp, printed", [(-0.2, "1.05"), (-1.0, "1.28"), (-2.0, "1.65"),
+                                           (-11.76, "18.9")])
 def test_a_log_prob_weighs_exp_of_minus_alpha_times_itself(logp, printed):
     logps = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
     alphapo_reward(logps, alpha=0.25, beta=1.0).backward()
@@ -192,41 +209,51 @@ def test_a_log_prob_weighs_exp_of_minus_alpha_times_itself(logp, printed):
 
 def test_alpha_one_and_minus_one_shape_the_reward_by_the_geometric_mean_probability():
     probabilities = torch.tensor([0.9, 0.5, 0.01], dtype=torch.float64)
-    torch.testing.assert_close(alphapo_reward(probabilities.log(), alpha=1, beta=2.0), 2 * (1 - 1 / probabilities))
-    torch.testing.assert_close(alphapo_reward(probabilities.log(), alpha=-1, beta=2.0), 2 * (probabilities - 1))
+    torch.testing.assert_close(alphapo_reward(probabilities.log(), alpha=1, beta=2.0),
+                               2 * (1 - 1 / probabilities))
+    torch.testing.assert_close(alphapo_reward(probabilities.log(), alpha=-1, beta=2.0),
+                               2 * (probabilities - 1))
 
 
-# --- gradient flow of a small model (Corollary 3.3) -------------------------------------------------------------------
+# --- gradient flow of a small model (Corollary 3.3) -----------------------------------------------
 
 STEP = 1e-7         # so short that the flow is straight
 BETA = 0.25         # small, so that no pair is so right that its gradient is 0 in float64
 
 
 class TinyModel:
-    """A bigram model of 5 tokens, an embedding times an output matrix, that scores one pair of responses."""
+    """A bigram model of 5 tokens, an embedding times an output matrix, that scores one pair of
+    responses."""
 
     def __init__(self, seed):
         rng = torch.Generator().manual_seed(seed)
-        self.theta = (torch.randn(2, 5, 3, dtype=torch.float64, generator=rng) * 0.7).requires_grad_()
+        theta = torch.randn(2, 5, 3, dtype=torch.float64, generator=rng) * 0.7
+        self.theta = theta.requires_grad_()
         prompt = torch.randint(5, (1,), generator=rng)
         self.pair = [torch.cat([prompt, torch.randint(5, (n,), generator=rng)]) for n in (3, 4)]
         self.chosen, self.rejected = (logp.item() for logp in self.logps(self.theta))
-        chosen, rejected = (torch.autograd.grad(self.logps(self.theta)[i], self.theta)[0] for i in (0, 1))
+        chosen, rejected = (torch.autograd.grad(self.logps(self.theta)[i], self.theta)[0]
+                            for i in (0, 1))
         self.g_cc, self.g_cr = (chosen * chosen).sum().item(), (chosen * rejected).sum().item()
 
     def logps(self, theta):
         """Average log-prob of the chosen and of the rejected response."""
-        table = (theta[0] @ theta[1].T).log_softmax(-1)         # (5, 5): log-prob of each next token
+        table = (theta[0] @ theta[1].T).log_softmax(-1)     # (5, 5): log-prob of each next token
         return [table[tokens[:-1], tokens[1:]].mean() for tokens in self.pair]
 
     def flow(self, alpha):
-        """The pair's log-probs and rewards before and after a tiny step down the loss, (2, 4), and the step's time."""
-        score = lambda logps: torch.stack([*logps, *(alphapo_reward(x, alpha=alpha, beta=BETA) for x in logps)])
+        """The pair's log-probs and rewards before and after a tiny step down the loss, (2, 4), and
+        the step's time."""
+        def score(logps):
+            rewards = [alphapo_reward(x, alpha=alpha, beta=BETA) for x in logps]
+            return torch.stack([*logps, *rewards])
+
         logps = self.logps(self.theta)
         loss, _, _ = alphapo_loss(*logps, alpha=alpha, beta=BETA, gamma_beta_ratio=0.1)
         gradient, = torch.autograd.grad(loss, self.theta)
         time = STEP / gradient.norm()
-        return torch.stack([score(logps), score(self.logps(self.theta - time * gradient))]).detach(), time
+        after = score(self.logps(self.theta - time * gradient))
+        return torch.stack([score(logps), after]).detach(), time
 
     def chosen_change(self, alpha):
         (before, after), _ = self.flow(alpha)
@@ -235,7 +262,8 @@ class TinyModel:
 
 @pytest.fixture(scope="module")
 def models():
-    """Models with a clear difference between the responses: no sign is a matter of rounding, no gradient is 0."""
+    """Models with a clear difference between the responses: no sign is a matter of rounding, no
+    gradient is 0."""
     candidates = [TinyModel(seed) for seed in range(120)]
     return [model for model in candidates if abs(model.chosen - model.rejected) > 0.2
             and min(model.chosen, model.rejected) > -2.5 and abs(model.g_cr) > 0.02 * model.g_cc]
@@ -244,8 +272,10 @@ def models():
 def test_chosen_log_prob_moves_at_the_rate_of_the_corollary(models):
     for model, alpha in itertools.product(models[:20], [-1.0, 0.0, 0.25, 1.0]):
         margin = float(exact_margin(*numbers(model.chosen, model.rejected, alpha, BETA, 0.1)))
-        weight_chosen, weight_rejected = (math.exp(-alpha * logp) for logp in (model.chosen, model.rejected))
-        rate = BETA / (1 + math.exp(margin)) * (weight_chosen * model.g_cc - weight_rejected * model.g_cr)
+        weight_chosen = math.exp(-alpha * model.chosen)
+        weight_rejected = math.exp(-alpha * model.rejected)
+        rate = BETA / (1 + math.exp(margin)) * (
+            weight_chosen * model.g_cc - weight_rejected * model.g_cr)
         (before, after), time = model.flow(alpha)
         assert ((after - before)[0] / time).item() == pytest.approx(rate, rel=1e-4)
 
@@ -283,12 +313,15 @@ def test_reward_margin_never_falls_under_the_flow_but_the_log_prob_margin_can(mo
     assert logp_margin_fell and 0.0 not in logp_margin_fell
 
 
-# --- the rest of the file ---------------------------------------------------------------------------------------------
+# --- the rest of the file -------------------------------------------------------------------------
 
 def test_dpo_loss_and_gradients_follow_its_formula():
-    values = [(-20.0, -31.5, -22.0, -30.0), (-40.0, -12.0, -35.0, -14.0), (-300.0, -250.0, -280.0, -100.0)]
-    chosen, rejected, chosen_ref, rejected_ref = (torch.tensor(x, requires_grad=True) for x in zip(*values))
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta=0.1)
+    values = [(-20.0, -31.5, -22.0, -30.0), (-40.0, -12.0, -35.0, -14.0),
+              (-300.0, -250.0, -280.0, -100.0)]
+    chosen, rejected, chosen_ref, rejected_ref = (
+        torch.tensor(x, requires_grad=True) for x in zip(*values))
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen_ref, rejected_ref,
+                                                        beta=0.1)
     losses.sum().backward()
     for i, (c, r, c_ref, r_ref) in enumerate(values):
         margin = 0.1 * ((c - c_ref) - (r - r_ref))
@@ -296,7 +329,8 @@ def test_dpo_loss_and_gradients_follow_its_formula():
         assert losses[i].item() == pytest.approx(math.log(1 + math.exp(-margin)), rel=1e-12)
         assert chosen_rewards[i].item() == pytest.approx(0.1 * (c - c_ref), rel=1e-12)
         assert rejected_rewards[i].item() == pytest.approx(0.1 * (r - r_ref), rel=1e-12)
-        assert (chosen.grad[i].item(), rejected.grad[i].item()) == pytest.approx((-pull, pull), rel=1e-6)
+        assert (chosen.grad[i].item(), rejected.grad[i].item()) == pytest.approx(
+            (-pull, pull), rel=1e-6)
 
 
 def test_losses_come_in_float64_with_the_rewards_detached():
@@ -313,7 +347,8 @@ def test_rewards_returned_are_the_shaped_rewards():
     chosen, rejected = torch.tensor([-0.5, -2.0]), torch.tensor([-0.25, -3.0])
     _, *rewards = alphapo_loss(chosen, rejected, alpha=0.5, beta=2.0, gamma_beta_ratio=0.3)
     for logps, got in zip([chosen, rejected], rewards):
-        assert got.tolist() == pytest.approx([2 * (1 - math.exp(-0.5 * x)) / 0.5 for x in logps.tolist()], rel=1e-12)
+        expected = [2 * (1 - math.exp(-0.5 * x)) / 0.5 for x in logps.tolist()]
+        assert got.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_average_logps_divides_each_response_by_its_own_length():
@@ -331,17 +366,21 @@ def test_average_logps_sums_in_float64():
 
 
 def test_pair_metrics_are_means_over_the_pairs():
-    rewards = torch.tensor([[1.0, 2.0, -3.0, 0.5], [0.0, 4.0, -5.0, 0.5]])      # the last pair is a tie: not accurate
+    # The last pair is a tie: not accurate.
+    rewards = torch.tensor([[1.0, 2.0, -3.0, 0.5], [0.0, 4.0, -5.0, 0.5]])
     logps = torch.tensor([[-1.0, -2.0, -3.0, -2.0], [-2.0, -1.0, -6.0, -3.0]])
     metrics = {name: value.item() for name, value in pair_metrics(*rewards, *logps).items()}
     assert metrics == {
-        "rewards/chosen": 0.125, "rewards/rejected": -0.125, "rewards/margins": 0.25, "rewards/accuracies": 0.5,
+        "rewards/chosen": 0.125, "rewards/rejected": -0.125, "rewards/margins": 0.25,
+        "rewards/accuracies": 0.5,
         "logps/chosen": -2.0, "logps/rejected": -3.0, "logps/margins": 1.0}
 
 
 def test_displacement_is_measured_from_the_start():
-    chosen, rejected = torch.tensor([-1.0, -2.0, -0.5, -3.0]), torch.tensor([-4.0, -2.0, -2.0, -2.0])
-    chosen_start, rejected_start = torch.tensor([-0.5, -1.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    chosen = torch.tensor([-1.0, -2.0, -0.5, -3.0])
+    rejected = torch.tensor([-4.0, -2.0, -2.0, -2.0])
+    chosen_start = torch.tensor([-0.5, -1.0, -1.0, -3.0])
+    rejected_start = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     metrics = displacement_metrics(chosen, rejected, chosen_start, rejected_start)
     assert {name: value.item() for name, value in metrics.items()} == {
         "displacement/chosen": -0.25, "displacement/rejected": -1.5, "displacement/fell": 0.5}
@@ -362,8 +401,10 @@ def test_log_probs_of_different_shapes_are_refused():
 
 def test_alphapo_py_can_be_copied_alone_and_needs_torch_alone(tmp_path):
     copy = shutil.copy(alphapo.__file__, tmp_path)
-    subprocess.run([sys.executable, "-I", copy], cwd=tmp_path, check=True)      # -I: sys.path holds no folder of ours
+    # -I: sys.path holds no folder of ours.
+    subprocess.run([sys.executable, "-I", copy], cwd=tmp_path, check=True)
     nodes = list(ast.walk(ast.parse(Path(copy).read_text(encoding="utf-8"))))
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    modules += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += ["." * node.level + (node.module or "")
+                for node in nodes if isinstance(node, ast.ImportFrom)]
     assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"torch"}

@@ -20,6 +20,7 @@ from data import pairs
 from data.files import read_jsonl
 from data.preference import load_pairs
 from test_preference import LetterChat
+from tokenizer import load_chat
 
 TINY = Path(train.__file__).parent / "data/tiny/model"
 PAIRS = [{"prompt": f"Sort these words: owl, moss {i}", "chosen": f"moss {i}, owl.", "rejected": "owl"}
@@ -40,8 +41,7 @@ def run(tmp_path):
         path = str(path)
         if command == "train":
             config = train.parse_config(["--model", str(TINY), "--data", path, "--max_length", "500", *flags])
-            tokenizer = train.load_tokenizer(TINY)
-            found, run.dropped = train.tokenised_pairs(config, config.data, train.load_chat_format(TINY, tokenizer))
+            found, run.dropped = train.tokenised_pairs(config, config.data, load_chat(TINY))
             return found
         if command == "generate":
             generate.main(["--model", str(TINY), "--prompts", path, "--output", str(output),
@@ -132,7 +132,7 @@ def test_a_system_column_is_seen_by_every_command(run, tmp_path):
         with_system = [row | {"system": "Be brief." if i == 0 else ""} for i, row in enumerate(rows)]
         judged[command] = run(command, write(tmp_path / "rows.jsonl", with_system))
         run.output.unlink(missing_ok=True)
-    tokenizer = train.load_tokenizer(TINY)
+    tokenizer = load_chat(TINY).tokenizer
     texts = [tokenizer.decode(pair.prompt.tolist()) for pair in judged["train"][:2]]
     assert texts[0].startswith(" Be brief.") and not texts[1].startswith(" Be brief.")     # the template's space
     assert judged["generate"][0]["system"] == "Be brief."                   # for the next command

@@ -43,8 +43,8 @@ def test_products_equal_those_in_float64(n, k, m, products):
     wide = [x.double() for x in (a, b, c)]
     assert_equal_to_rounding(mm(a, b.T), wide[0] @ wide[1].T)
     assert_equal_to_rounding(mm(a, b.T.contiguous()), wide[0] @ wide[1].T)
-    assert_equal_to_rounding(mm(a, normal(m, 2 * k, seed=1)[:, ::2].T),
-                             wide[0] @ normal(m, 2 * k, seed=1)[:, ::2].double().T)     # neither it nor its transpose whole
+    strided = normal(m, 2 * k, seed=1)[:, ::2]      # neither it nor its transpose is contiguous
+    assert_equal_to_rounding(mm(a, strided.T), wide[0] @ strided.double().T)
     assert_equal_to_rounding(mm(a.T, c), wide[0].T @ wide[2])
     for x, y in ((a, c), (c, a)):
         total = normal(x.shape[1], y.shape[1])
@@ -123,9 +123,12 @@ def test_a_model_is_the_same_with_and_without(changes, tmp_path):
     for model in (plain, fast):
         for row in range(2):                    # gradients add up
             (model.response_logps(tokens, PAIRS) * (row + 1)).sum().backward()
-    torch.testing.assert_close(fast.response_logps(tokens, PAIRS), plain.response_logps(tokens, PAIRS), rtol=0, atol=1e-10)
+    logps, expected = (model.response_logps(tokens, PAIRS) for model in (fast, plain))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(fast(tokens), plain(tokens), rtol=0, atol=1e-10)
     mine, theirs = dict(fast.named_parameters()), dict(plain.named_parameters())
     assert mine.keys() == theirs.keys()
     for name, p in mine.items():
-        assert torch.equal(p, theirs[name]) and (p.grad - theirs[name].grad).norm() <= 1e-10 * theirs[name].grad.norm(), name
+        expected = theirs[name]
+        assert torch.equal(p, expected)
+        assert (p.grad - expected.grad).norm() <= 1e-10 * expected.grad.norm(), name

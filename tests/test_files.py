@@ -1,4 +1,5 @@
-"""Files of rows in every form, what is refused as what it is, bad lines, and files that are whole or absent.
+"""Files of rows in every form, what is refused as what it is, bad lines, and files that are whole
+or absent.
 
     pytest tests/test_files.py
 """
@@ -12,19 +13,24 @@ from types import ModuleType
 
 import pytest
 
-from data.files import Dropped, read_jsonl, read_rows, write_rows, write_whole, written_whole
+from data.files import Dropped, read_jsonl, read_records, write_records, write_whole, written_whole
 
-ROWS = [{"prompt": "naïve 👋", "n": 1}, {"prompt": "b", "n": 2.5}, {"prompt": "c", "deep": [{"x": None}]}]
+ROWS = [{"prompt": "naïve 👋", "n": 1}, {"prompt": "b", "n": 2.5},
+        {"prompt": "c", "deep": [{"x": None}]}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ARRAY = json.dumps(ROWS).encode()
 INDENTED_ARRAY = json.dumps(ROWS, indent=1).encode()
 BOM = b"\xef\xbb\xbf"
 
 FORMS = {
-    "lines": LINES, "lines with a byte-order mark": BOM + LINES, "lines of Windows": LINES.replace(b"\n", b"\r\n"),
-    "lines without a last newline": LINES[:-1], "empty lines between": LINES.replace(b"\n", b"\n \n\n"),
-    "gzipped lines": gzip.compress(LINES), "gzipped lines with a byte-order mark": gzip.compress(BOM + LINES),
-    "an array on one line": ARRAY, "an indented array": INDENTED_ARRAY, "an array with a byte-order mark": BOM + ARRAY,
+    "lines": LINES, "lines with a byte-order mark": BOM + LINES,
+    "lines of Windows": LINES.replace(b"\n", b"\r\n"),
+    "lines without a last newline": LINES[:-1],
+    "empty lines between": LINES.replace(b"\n", b"\n \n\n"),
+    "gzipped lines": gzip.compress(LINES),
+    "gzipped lines with a byte-order mark": gzip.compress(BOM + LINES),
+    "an array on one line": ARRAY, "an indented array": INDENTED_ARRAY,
+    "an array with a byte-order mark": BOM + ARRAY,
     "a gzipped array": gzip.compress(INDENTED_ARRAY)}
 
 
@@ -32,10 +38,11 @@ FORMS = {
 def test_every_form_of_a_file_holds_the_same_rows_whatever_its_name(form, tmp_path):
     path = tmp_path / "rows.dat"
     path.write_bytes(FORMS[form])
-    found = list(read_rows([path]))
+    found = list(read_records([path]))
     assert [row for _, row in found] == ROWS
     step = 3 if "between" in form else 1
-    places = [f"{path}: item {i}" if "array" in form else f"{path}:{1 + step * (i - 1)}" for i in (1, 2, 3)]
+    places = [f"{path}: item {i}" if "array" in form else f"{path}:{1 + step * (i - 1)}"
+              for i in (1, 2, 3)]
     assert [source for source, _ in found] == places
 
 
@@ -43,9 +50,9 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and the rest")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="rows.parquet: a parquet file, which only pyarrow can read; "
-                                         "pip install pyarrow"):
-        list(read_rows([path]))
+    message = "rows.parquet: a parquet file, which only pyarrow can read; pip install pyarrow"
+    with pytest.raises(ValueError, match=message):
+        list(read_records([path]))
 
     class ParquetFile:
         def __init__(self, file):
@@ -60,7 +67,7 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     pyarrow.parquet.ParquetFile = ParquetFile
     monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet)
-    assert list(read_rows([path]))[3] == (f"{path}: item 4", ROWS[1])
+    assert list(read_records([path]))[3] == (f"{path}: item 4", ROWS[1])
 
 
 OBJECTS = "\n".join(json.dumps(row, indent=1) for row in ROWS)
@@ -69,32 +76,40 @@ OBJECTS = "\n".join(json.dumps(row, indent=1) for row in ROWS)
 @pytest.mark.parametrize("content, message", [
     (LINES.decode().encode("utf-16"), "UTF-16 text; expected .* UTF-8.* iconv -f UTF-16 -t UTF-8"),
     (LINES.decode().encode("utf-16-le"), "UTF-16 or UTF-32 text without a byte-order mark"),
-    (LINES.decode().encode("utf-32"), "UTF-32 text; expected"), (b"PK\x03\x04...", "a zip archive; expected"),
+    (LINES.decode().encode("utf-32"), "UTF-32 text; expected"),
+    (b"PK\x03\x04...", "a zip archive; expected"),
     (bz2.compress(LINES), "a bzip2 archive"), (b"\x28\xb5\x2f\xfd", "a zstd archive"),
-    (gzip.compress(LINES)[:-9], "a damaged gzip archive"), (b"\x1f\x8b and no more", "a damaged gzip archive"),
-    (OBJECTS.encode(), "JSON objects that are indented over several lines; expected an object a line"),
-    (BOM + OBJECTS.encode(), "JSON objects that are indented"), (ARRAY[:-1], "not a valid JSON array"),
+    (gzip.compress(LINES)[:-9], "a damaged gzip archive"),
+    (b"\x1f\x8b and no more", "a damaged gzip archive"),
+    (OBJECTS.encode(),
+     "JSON objects that are indented over several lines; expected an object a line"),
+    (BOM + OBJECTS.encode(), "JSON objects that are indented"),
+    (ARRAY[:-1], "not a valid JSON array"),
     (gzip.compress(LINES.decode().encode("utf-16")), "UTF-16 text"),
     ("[\"é\"]".encode("latin-1"), "cannot be read as UTF-8 text")], ids=range(13))
 @pytest.mark.parametrize("skip", [False, True])
 def test_what_is_no_file_of_rows_is_refused_as_what_it_is(content, message, skip, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"rows.jsonl: {message}"):
-        list(read_rows([tmp_path / "rows.jsonl"], skip_bad_lines=skip))
+        list(read_records([tmp_path / "rows.jsonl"], skip_bad_lines=skip))
 
 
-# --- bad lines --------------------------------------------------------------------------------------------------------
+# --- bad lines ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"a": "cut \\ud83d"}', r"a holds half a surrogate pair \('\\ud83d' at character 5\); expected whole characters"),
+    (b'{"a": "cut \\ud83d"}',
+     r"a holds half a surrogate pair \('\\ud83d' at character 5\); expected whole characters"),
     (b'{"a": [{"b": ["x", "\\udc4b"]}]}', r"a\[0\].b\[1\] holds half"),
     (b'{"a": {"\\ud83d": 1}}', "a name in a holds half"),
     (b'{"a": NaN}', "a is NaN, which JSON does not have; expected text"),
     (b'{"a": [1, -Infinity]}', r"a\[1\] is -Infinity"),
-    (b'{"a": 1e999}', "a is Infinity"), (b'{"a": "\xe9"}', "cannot be read as UTF-8 text .byte 0xe9 at byte 8"),
-    (b'["a"]', r"expected a JSON object, found \['a'\]"), (b'{"a": 1', "not valid JSON"), (b"{} {}", "not valid JSON"),
+    (b'{"a": 1e999}', "a is Infinity"),
+    (b'{"a": "\xe9"}', "cannot be read as UTF-8 text .byte 0xe9 at byte 8"),
+    (b'["a"]', r"expected a JSON object, found \['a'\]"), (b'{"a": 1', "not valid JSON"),
+    (b"{} {}", "not valid JSON"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit .* for integer string conversion")], ids=range(12))
+    (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit .* for integer string conversion")],
+    ids=range(12))
 def test_a_line_that_is_no_row_is_named_with_field_and_cause(line, message, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": "fine \\ud83d\\udc4b"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"rows.jsonl:2: {message}"):
@@ -111,51 +126,57 @@ def halves(row, source):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_all_bad_lines_are_told_at_once_or_dropped_and_counted(workers, tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ({"n": n} for n in range(1, 1001)))
+    write_records(tmp_path / "rows.jsonl", ({"n": n} for n in range(1, 1001)))
     with pytest.raises(ValueError) as error:
-        list(read_rows([tmp_path / "rows.jsonl"], halves, skip_bad_lines=False, workers=workers))
+        list(read_records([tmp_path / "rows.jsonl"], halves, skip_bad_lines=False, workers=workers))
     told = str(error.value).splitlines()
     assert told[0] == "333 bad lines:" and len(told) == 13
-    assert told[1] == f"  {tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3" and "rows.jsonl:30: " in told[10]
+    assert told[1] == f"  {tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3"
+    assert "rows.jsonl:30: " in told[10]
     assert told[11] == "  and 323 others" and told[12].endswith("--skip_bad_lines")
 
     dropped = Counter()
-    found = list(read_rows([tmp_path / "rows.jsonl"], halves, dropped, skip_bad_lines=True, workers=workers))
+    found = list(read_records([tmp_path / "rows.jsonl"], halves, dropped, skip_bad_lines=True,
+                           workers=workers))
     assert [value * 2 for _, value in found] == [n for n in range(1, 1001) if n % 3 and n % 5]
     assert found[-1] == (f"{tmp_path}/rows.jsonl:998", 499)
-    assert dropped == {"a multiple of 5": 134,
-                       f"bad lines, the first {tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3": 333}
+    first = f"{tmp_path}/rows.jsonl:3: n is 3; expected no multiple of 3"
+    assert dropped == {"a multiple of 5": 134, f"bad lines, the first {first}": 333}
 
 
 def test_a_mistake_of_ours_names_the_row_and_is_no_bad_line(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_records(tmp_path / "rows.jsonl", ROWS)
 
     def mistaken(row, source):
         return row["n"]
     for workers in (1, 2):
         with pytest.raises(RuntimeError, match="rows.jsonl:3: KeyError: 'n'"):
-            list(read_rows([tmp_path / "rows.jsonl"], mistaken, skip_bad_lines=True, workers=workers))
+            list(read_records([tmp_path / "rows.jsonl"], mistaken, skip_bad_lines=True,
+                           workers=workers))
 
 
 def test_what_workers_use_is_never_pickled(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", ({"n": n} for n in range(600)))
+    write_records(tmp_path / "rows.jsonl", ({"n": n} for n in range(600)))
     secret = iter("a generator cannot be pickled")
-    found = list(read_rows([tmp_path / "rows.jsonl"], lambda row, source: (row["n"], str(type(secret))), workers=2))
+
+    def use(row, source):
+        return row["n"], str(type(secret))
+    found = list(read_records([tmp_path / "rows.jsonl"], use, workers=2))
     assert [n for _, (n, _) in found] == list(range(600))
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 def test_a_file_is_whole_or_absent_under_its_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        write_rows(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
+        write_records(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
     assert not list(tmp_path.iterdir())
-    write_rows(path, ROWS)
+    write_records(path, ROWS)
     before = path.read_bytes()
     assert before == LINES
     with pytest.raises(KeyboardInterrupt):
-        write_rows(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
+        write_records(path, (row if i < 2 else raised() for i, row in enumerate(ROWS)))
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
@@ -172,7 +193,8 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "a.txt")
     write_whole(tmp_path / "link.txt", "text")
-    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "there" / "a.txt").read_text() == "text"
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there" / "a.txt").read_text() == "text"
     os.mkfifo(tmp_path / "pipe")
     with written_whole(tmp_path / "pipe") as path:
         assert path == tmp_path / "pipe"

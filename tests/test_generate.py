@@ -1,5 +1,5 @@
-"""The sampler against plain forward passes, exact probabilities and transformers; jobs that are killed; the files of
-AlpacaEval and Arena-Hard.
+"""The sampler against plain forward passes, exact probabilities and transformers; jobs that are
+killed; the files of AlpacaEval and Arena-Hard.
 
     pytest tests/test_generate.py
 """
@@ -30,14 +30,17 @@ from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
 ROOT = Path(generate_py.__file__).parent
 TINY = ROOT / "data/tiny/model"
-PROMPTS = [[5], [7, 8, 9], list(range(10, 31)), [3, 1, 4, 1, 5, 9, 2, 6], [50, 40, 30, 20], list(range(9))]
+PROMPTS = [[5], [7, 8, 9], list(range(10, 31)), [3, 1, 4, 1, 5, 9, 2, 6], [50, 40, 30, 20],
+           list(range(9))]
 SEEDS = [(0, i) for i in range(len(PROMPTS))]
-MODELS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 6}, "tied": {"tie_word_embeddings": True},
+MODELS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 6},
+          "tied": {"tie_word_embeddings": True},
           "biases": {"model_type": "qwen2", "max_window_layers": 2}}
 
 
 def plain_answer(model, prompt, seed, stop_ids, max_new_tokens, temperature, top_p=1.0, top_k=0):
-    """One answer by whole forward passes and sorted probabilities in float64: slow, and without any of sampler.py."""
+    """One answer by whole forward passes and sorted probabilities in float64: slow, and without
+    any of sampler.py."""
     ids, random = list(prompt), np.random.default_rng(seed)
     while len(ids) < len(prompt) + max_new_tokens:
         logits = model(torch.tensor(ids))[-1].detach().double().numpy()
@@ -50,9 +53,10 @@ def plain_answer(model, prompt, seed, stop_ids, max_new_tokens, temperature, top
             cumulative = np.cumsum(probs / probs.sum())
             n = 1 + int((cumulative < top_p).sum())                    # the fewest that reach top_p
             order, cumulative = order[:n], cumulative[:n]
-            if top_p == 1 and top_k == 0:                              # nothing is cut: in the vocabulary's order
+            if top_p == 1 and top_k == 0:           # nothing is cut: in the vocabulary's order
                 order = np.arange(len(logits))
-                cumulative = np.cumsum(np.exp(logits / temperature) / np.exp(logits / temperature).sum())
+                weights = np.exp(logits / temperature)
+                cumulative = np.cumsum(weights / weights.sum())
             token = int(order[(cumulative <= uniform * cumulative[-1]).sum()])
         if token in stop_ids:
             break
@@ -71,32 +75,37 @@ def tiny():
     return load_model(TINY), tokenizer, load_chat_format(TINY, tokenizer)
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", MODELS)
 def test_greedy_answers_equal_plain_forward_passes(family, dtype, tmp_path):
     # Two places for six prompts: places are refilled while others run.
     model = small_model(tmp_path, dtype=dtype, **MODELS[family])
-    stop = {generate(model, PROMPTS[:1], seeds=SEEDS[:1], max_new_tokens=8, stop_ids={}, temperature=0)[0][0][5]}
-    found = generate(model, PROMPTS, seeds=SEEDS, max_new_tokens=12, stop_ids=stop, temperature=0, batch_size=2)
+    settings = {"stop_ids": {}, "temperature": 0}
+    first = generate(model, PROMPTS[:1], seeds=SEEDS[:1], max_new_tokens=8, **settings)
+    stop = {first[0][0][5]}
+    settings = {"stop_ids": stop, "temperature": 0}
+    found = generate(model, PROMPTS, seeds=SEEDS, max_new_tokens=12, batch_size=2, **settings)
     assert found == [[plain_answer(model, p, 0, stop, 12, 0)] for p in PROMPTS]
     assert min(len(ids) for ids, in found) < max(len(ids) for ids, in found) == 12
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.7, "top_p": 0.9},
+@pytest.mark.parametrize("settings", [{"temperature": 1.0, "top_p": 1.0},
+                                      {"temperature": 0.7, "top_p": 0.9},
                                       {"temperature": 1.5, "top_p": 1.0, "top_k": 5},
                                       {"temperature": 1.0, "top_p": 0.6, "top_k": 20}], ids=str)
 def test_an_answer_depends_on_seed_prompt_and_sample_alone(llama, settings):
     stop = {0, 1, 2, 3}
     expected = [[plain_answer(llama, p, [7, i, n], stop, 16, **settings) for n in range(3)]
                 for i, p in enumerate(PROMPTS)]
+    seeds = [(7, i) for i in range(6)]
+    settings = settings | {"samples": 3, "max_new_tokens": 16, "stop_ids": stop}
     for batch_size in (3, 4, 7, 100):
-        assert expected == generate(llama, PROMPTS, seeds=[(7, i) for i in range(6)], samples=3, batch_size=batch_size,
-                                    max_new_tokens=16, stop_ids=stop, **settings)
+        assert expected == generate(llama, PROMPTS, seeds=seeds, batch_size=batch_size, **settings)
     some = [4, 1]
-    assert [expected[i] for i in some] == generate(llama, [PROMPTS[i] for i in some], seeds=[(7, i) for i in some],
-                                                   samples=3, max_new_tokens=16, stop_ids=stop, **settings)
+    assert [expected[i] for i in some] == generate(
+        llama, [PROMPTS[i] for i in some], seeds=[seeds[i] for i in some], **settings)
     assert len({tuple(ids) for texts in expected for ids in texts}) > 12
     assert len({len(ids) for texts in expected for ids in texts}) > 4
 
@@ -104,12 +113,16 @@ def test_an_answer_depends_on_seed_prompt_and_sample_alone(llama, settings):
 def test_no_token_is_computed_twice_or_in_vain(llama, monkeypatch):
     """A prompt runs once for all its answers, and a sequence that has ended runs no more."""
     rows, states = [], llama.states
-    monkeypatch.setattr(llama, "states", lambda tokens, *rest: rows.append(len(tokens)) or states(tokens, *rest))
-    found = generate(llama, PROMPTS, seeds=SEEDS, samples=3, batch_size=7, max_new_tokens=16, stop_ids={0, 1, 2, 3},
-                     temperature=1.0, top_p=1.0)
+    def counted(tokens, *rest):
+        rows.append(len(tokens))
+        return states(tokens, *rest)
+    monkeypatch.setattr(llama, "states", counted)
+    found = generate(llama, PROMPTS, seeds=SEEDS, samples=3, batch_size=7, max_new_tokens=16,
+                     stop_ids={0, 1, 2, 3}, temperature=1.0, top_p=1.0)
     lengths = [len(ids) for answers in found for ids in answers]
     assert min(lengths) < 16 == max(lengths)
-    assert sum(rows) == sum(map(len, PROMPTS)) + sum(min(n, 15) for n in lengths)      # the 16th is not run itself
+    sampled = sum(min(n, 15) for n in lengths)      # the 16th token is not run itself
+    assert sum(rows) == sum(map(len, PROMPTS)) + sampled
     assert max(rows) <= 7 + sum(map(len, PROMPTS))
 
 
@@ -127,7 +140,8 @@ def test_weights_are_packed_only_while_it_runs(tmp_path):
     model = small_model(tmp_path, dtype=torch.float32)
     before = model(torch.arange(9))
     generate(model, PROMPTS, seeds=SEEDS, max_new_tokens=2, stop_ids={}, temperature=0)
-    assert torch.equal(model(torch.arange(9)), before) and not any("forward" in vars(m) for m in model.modules())
+    assert torch.equal(model(torch.arange(9)), before)
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_greedy_answers_of_the_tiny_model_equal_transformers(tiny):
@@ -135,16 +149,23 @@ def test_greedy_answers_of_the_tiny_model_equal_transformers(tiny):
     model, tokenizer, chat = tiny
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     lines = (ROOT / "data/tiny/prompts.jsonl").read_text().splitlines()[:20]
-    prompts = [chat.encode_prompt([{"role": "user", "content": json.loads(line)["prompt"]}]) for line in lines]
-    ours = generate(model, prompts, seeds=[(0,)] * 20, max_new_tokens=40, stop_ids=chat.stop_ids, temperature=0)
+    prompts = []
+    for line in lines:
+        turns = [{"role": "user", "content": json.loads(line)["prompt"]}]
+        prompts.append(chat.encode_prompt(turns))
+    ours = generate(model, prompts, seeds=[(0,)] * 20, max_new_tokens=40, stop_ids=chat.stop_ids,
+                    temperature=0)
     for prompt, (ids,) in zip(prompts, ours):
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+        out = out[0, len(prompt):].tolist()
         assert ids + [2] == out if out[-1] == 2 else ids == out
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"temperature": -1.0}, "temperature = -1.0; expected 0 or more"), ({"top_p": 0.0}, "top_p = 0.0; expected more"),
-    ({"top_k": -1}, "top_k = -1"), ({"samples": 0}, "samples = 0"), ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ({"temperature": -1.0}, "temperature = -1.0; expected 0 or more"),
+    ({"top_p": 0.0}, "top_p = 0.0; expected more"),
+    ({"top_k": -1}, "top_k = -1"), ({"samples": 0}, "samples = 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens = 0"),
     ({"samples": 5, "batch_size": 4}, "batch_size = 4; expected room for the 5 answers"),
     ({"max_new_tokens": 240}, "prompt 3 has 21 tokens; .* at most the 256 positions")], ids=str)
 def test_settings_out_of_range_are_named(llama, changes, message):
@@ -158,13 +179,14 @@ def test_a_prompt_without_tokens_is_refused_and_no_prompts_have_no_answers(llama
     assert generate(llama, [], seeds=[], stop_ids={}, max_new_tokens=4) == []
 
 
-# --- the distribution -------------------------------------------------------------------------------------------------
+# --- the distribution -----------------------------------------------------------------------------
 
 LOGITS = torch.tensor([1.0, 2.5, 0.3, 2.0, -1.0, 0.9, 1.1, -0.2])
 
 
 def exact_probabilities(temperature, top_p, top_k):
-    """In float64, by sorting: of softmax(LOGITS / temperature) the top_k likeliest, of these the fewest with top_p."""
+    """In float64, by sorting: of softmax(LOGITS / temperature) the top_k likeliest, of these the
+    fewest with top_p."""
     probs = (LOGITS.double() / temperature).softmax(-1).tolist()
     kept = sorted(range(len(probs)), key=lambda t: -probs[t])[:top_k or None]
     masses = list(accumulate(probs[t] for t in kept))
@@ -173,14 +195,18 @@ def exact_probabilities(temperature, top_p, top_k):
     return torch.tensor([probs[t] / total if t in kept else 0.0 for t in range(len(probs))])
 
 
-@pytest.mark.parametrize("first", [1, 3, 256])      # tokens that are sorted at first; with few, rows need all of them
+# `first` tokens are sorted at first; with few, rows need all of them.
+@pytest.mark.parametrize("first", [1, 3, 256])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 100])
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.5), (0.3, 0.999),
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.5),
+                                                (0.3, 0.999),
                                                 (1.0, 0.01)])
 def test_samples_follow_the_exact_distribution(temperature, top_p, top_k, first):
     n = 20_000
-    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n         # evenly spaced: shares are exact to 1 / n
-    tokens = sample(LOGITS.expand(n, -1), uniform, temperature=temperature, top_p=top_p, top_k=top_k, first=first)
+    # Evenly spaced: shares are exact to 1 / n.
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    tokens = sample(LOGITS.expand(n, -1), uniform, temperature=temperature, top_p=top_p,
+                    top_k=top_k, first=first)
     expected = exact_probabilities(temperature, top_p, top_k)
     shares = tokens.bincount(minlength=len(LOGITS)) / n
     assert (shares - expected).abs().max() < 2 / n and not shares[expected == 0].any()
@@ -196,13 +222,16 @@ def test_the_extremes_of_uniform_stay_within_what_is_kept():
             if top_p == 1 and top_k == 0:
                 assert (tokens == (299 if uniform else 0)).all()
             else:
-                assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 300)).all() and rank.max() > 20
+                assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 300)).all()
+                assert uniform == 0 or rank.max() > 20
 
 
 def test_borders_are_exact():
     logits, uniform = torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
-    assert sample(logits, uniform, temperature=1.0).tolist() == [0, 1, 2, 3]        # a piece begins with its lower end
-    for top_p, n in ((0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)):                    # the fewest that reach top_p
+    # A piece begins with its lower end.
+    assert sample(logits, uniform, temperature=1.0).tolist() == [0, 1, 2, 3]
+    # The fewest that reach top_p.
+    for top_p, n in ((0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)):
         assert len(set(sample(logits, uniform, temperature=1.0, top_p=top_p).tolist())) == n
 
 
@@ -211,12 +240,13 @@ def test_a_flat_row_does_not_change_its_peaked_neighbours():
     logits = torch.randn(40, 1000, generator=generator) * torch.linspace(0.1, 8, 40)[:, None]
     uniform = torch.rand(40, generator=generator, dtype=torch.float64)
     together = sample(logits, uniform, temperature=1.0, top_p=0.9)
-    alone = [sample(logits[i:i + 1], uniform[i:i + 1], temperature=1.0, top_p=0.9).item() for i in range(40)]
+    settings = {"temperature": 1.0, "top_p": 0.9}
+    alone = [sample(logits[i:i + 1], uniform[i:i + 1], **settings).item() for i in range(40)]
     assert together.tolist() == alone
-    assert together.tolist() == sample(logits, uniform, temperature=1.0, top_p=0.9, first=1000).tolist()
+    assert together.tolist() == sample(logits, uniform, first=1000, **settings).tolist()
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_sampled_prompts_have_the_ids_of_training_prompts(name, tmp_path, monkeypatch):
@@ -228,45 +258,56 @@ def test_sampled_prompts_have_the_ids_of_training_prompts(name, tmp_path, monkey
         version = {"mistral-v1": "v1", "mistral-v3": "v3"}.get(name, "v1")
         (tmp_path / "tokenizer.model").write_bytes(Path(MISTRAL_MODELS[version]).read_bytes())
     chat = load_chat_format(tmp_path, load_tokenizer(tmp_path), name)
-    turns = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi <|im_end|> </s> there\n"},
+    turns = [{"role": "system", "content": " Be brief. "},
+             {"role": "user", "content": "Hi <|im_end|> </s> there\n"},
              {"role": "assistant", "content": " Hello! "}, {"role": "user", "content": "Bye 👋"}]
     prompts, seen = [turns, turns[1:], turns[1:2], "  naïve\tquestion: 12345? "], []
-    monkeypatch.setattr(sampler, "generate", lambda model, ids, **settings: seen.extend(ids) or [[] for _ in ids])
+    monkeypatch.setattr(sampler, "generate", lambda model, ids, **settings:
+                        seen.extend(ids) or [[] for _ in ids])
     answer(None, chat, prompts)
     pairs = []
     for p in prompts:       # chosen and rejected are strings, or whole dialogues
-        ends = ["a", "b"] if isinstance(p, str) else [[*p, {"role": "assistant", "content": text}] for text in "ab"]
+        ends = ["a", "b"]
+        if not isinstance(p, str):
+            ends = [[*p, {"role": "assistant", "content": text}] for text in ends]
         row = {"prompt": p, "chosen": ends[0], "rejected": ends[1]}
         pairs.append(encode_pair(row, "", chat, max_length=10**6, max_prompt_length=10**6))
     assert seen == [pair.prompt.tolist() for pair in pairs] and len(seen) == 4
 
 
 def test_answer_gives_texts_and_a_batch_does_not_change_them(tiny):
-    prompts = [f"Sort these words: {words}" for words in ("owl, moss, fern", "zebra, arrow", "tulip, ivy, canoe, pine")]
-    job = lambda size: answer(tiny[0], tiny[2], prompts, samples=2, batch_size=size, max_new_tokens=20, seed=3)
+    words = ("owl, moss, fern", "zebra, arrow", "tulip, ivy, canoe, pine")
+    prompts = [f"Sort these words: {some}" for some in words]
+    job = lambda size: answer(tiny[0], tiny[2], prompts, samples=2, batch_size=size,
+                              max_new_tokens=20, seed=3)
     assert job(2) == job(4) == job(100) and [len(texts) for texts in job(4)] == [2, 2, 2]
     assert all(isinstance(text, str) and "," in text for texts in job(4) for text in texts)
 
 
-# --- jobs -------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------------------
 
 WORDS = "acorn banana cedar daisy ember flame grape honey island jewel".split()
 
 
 @pytest.fixture
 def prompts_file(tmp_path):
-    lines = [{"prompt": f"Sort these words: {', '.join(WORDS[-n:] + WORDS[:n % 3])}", "id": n} for n in range(1, 10)]
+    lines = []
+    for n in range(1, 10):
+        words = ", ".join(WORDS[-n:] + WORDS[:n % 3])
+        lines.append({"prompt": f"Sort these words: {words}", "id": n})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "p.jsonl"
 
 
 def run(prompts, output, *flags):
-    main(["--model", str(TINY), "--prompts", str(prompts), "--output", str(output), "--max_new_tokens", "30",
+    main(["--model", str(TINY), "--prompts", str(prompts), "--output", str(output),
+          "--max_new_tokens", "30",
           "--batch_size", "2", "--samples", "2", *flags])
     return Path(output).read_bytes()
 
 
-def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, monkeypatch, capsys):
+def test_a_killed_job_goes_on_and_writes_the_same_bytes(
+        prompts_file, tmp_path, monkeypatch, capsys):
     whole = run(prompts_file, tmp_path / "whole.jsonl")
     rows = [json.loads(line) for line in whole.decode().splitlines()]
     assert [row["id"] for row in rows] == list(range(1, 10))
@@ -274,7 +315,8 @@ def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, 
     assert all(len(row["all_generated_responses"]) == 2 for row in rows)
     out = capsys.readouterr().out
     assert "prompts  9 of" in out and "in 3 batches, 0 of them done before" in out
-    assert "answers  18/18 on rank 0 of 1" in out and "tokens/s  0.0 min left" in out and "of 18 answers did not" in out
+    assert "answers  18/18 on rank 0 of 1" in out and "tokens/s  0.0 min left" in out
+    assert "of 18 answers did not" in out
 
     calls, unharmed = [], generate_py.generate
     def dies(*args, progress, **settings):
@@ -288,7 +330,8 @@ def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, 
     monkeypatch.setattr(generate_py, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         run(prompts_file, tmp_path / "killed.jsonl")
-    assert not (tmp_path / "killed.jsonl").exists() and (tmp_path / "killed.jsonl.parts/000000.json").exists()
+    assert not (tmp_path / "killed.jsonl").exists()
+    assert (tmp_path / "killed.jsonl.parts/000000.json").exists()
     monkeypatch.setattr(generate_py, "generate", unharmed)
     with pytest.raises(ValueError, match="holds answers with temperature = 0.8, found 0.5 now"):
         run(prompts_file, tmp_path / "killed.jsonl", "--temperature", "0.5")
@@ -302,11 +345,13 @@ def test_a_killed_job_goes_on_and_writes_the_same_bytes(prompts_file, tmp_path, 
     assert not (tmp_path / "new.jsonl.parts").exists()
 
 
-def test_sampled_words_come_back_as_the_same_ids_and_answers_that_do_not_are_counted(tmp_path, monkeypatch, capsys):
-    # A random model of Qwen's kind of vocabulary that writes <tool_call>, which is one token and shows in text.
+def test_sampled_words_come_back_as_the_same_ids_and_answers_that_do_not_are_counted(
+        tmp_path, monkeypatch, capsys):
+    # A random model of Qwen's kind of vocabulary that writes <tool_call>, which is one token and
+    # shows in text. Some ids of its embedding have no token.
     write_layout("qwen2.5-instruct", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    model = small_model(tmp_path, dtype=torch.float32, vocab_size=tokenizer.vocab_size + 7)     # ids without a token
+    model = small_model(tmp_path, dtype=torch.float32, vocab_size=tokenizer.vocab_size + 7)
     likely = [*tokenizer.words.values(), tokenizer.special["<|im_end|>"], tokenizer.vocab_size + 3]
     likely += tokenizer.encode("So it is: a b c, 4 2. Or\n", bos=False, eos=False)
     model.lm_head.weight.data *= 0.01
@@ -317,15 +362,18 @@ def test_sampled_words_come_back_as_the_same_ids_and_answers_that_do_not_are_cou
     sampled, unharmed = [], generate_py.generate
     monkeypatch.setattr(generate_py, "generate", lambda *args, **settings:
                         sampled.extend(answers := unharmed(*args, **settings)) or answers)
-    main(["--model", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "a.jsonl"),
-          "--samples", "4", "--batch_size", "200", "--max_new_tokens", "12", "--temperature", "1", "--top_p", "1"])
+    main(["--model", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"),
+          "--output", str(tmp_path / "a.jsonl"), "--samples", "4", "--batch_size", "200",
+          "--max_new_tokens", "12", "--temperature", "1", "--top_p", "1"])
 
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     chat = load_chat_format(tmp_path, tokenizer)
-    texts = [text for row in map(json.loads, open(tmp_path / "a.jsonl")) for text in row["all_generated_responses"]]
+    rows = map(json.loads, open(tmp_path / "a.jsonl"))
+    texts = [text for row in rows for text in row["all_generated_responses"]]
     same = words = 0
     for ids in (ids for some in sampled for ids in some):
-        text = reference.decode([i for i in ids if i < tokenizer.vocab_size], skip_special_tokens=True)
+        known = [i for i in ids if i < tokenizer.vocab_size]
+        text = reference.decode(known, skip_special_tokens=True)
         again = reference(text, add_special_tokens=False).input_ids
         assert text in texts and chat.encode_response(text) == [*again, chat.end_id]
         same += again == ids
@@ -353,23 +401,28 @@ def test_a_job_goes_on_with_the_date_of_its_first_day(prompts_file, tmp_path, mo
 
 
 def test_ranks_write_the_same_bytes_as_one(prompts_file, tmp_path):
-    flags = ["--model", str(TINY), "--prompts", str(prompts_file), "--output", str(tmp_path / "two.jsonl"),
+    flags = ["--model", str(TINY), "--prompts", str(prompts_file),
+             "--output", str(tmp_path / "two.jsonl"),
              "--samples", "2", "--max_new_tokens", "30", "--batch_size", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, "generate.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, "generate.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert "on rank 0 of 2" in done.stdout
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)        # as torchrun does: another number of threads may round differently
+    # As torchrun does: another number of threads may round differently.
+    torch.set_num_threads(1)
     assert (tmp_path / "two.jsonl").read_bytes() == run(prompts_file, tmp_path / "one.jsonl")
     torch.set_num_threads(threads)
 
 
 def test_the_command_line_prints_answers(capsys):
-    main(["--model", str(TINY), "--prompt", "Sort these words: owl, moss", "--samples", "3", "--max_new_tokens", "20"])
+    main(["--model", str(TINY), "--prompt", "Sort these words: owl, moss", "--samples", "3",
+          "--max_new_tokens", "20"])
     out = capsys.readouterr().out
     assert out.count("\n---\n") == 2 and "moss" in out
-    for flags in ([], ["--prompts", "p.jsonl"], ["--prompt", "?", "--output", "a"], ["--prompt", "?", "--seed", "-1"]):
+    for flags in ([], ["--prompts", "p.jsonl"], ["--prompt", "?", "--output", "a"],
+                  ["--prompt", "?", "--seed", "-1"]):
         with pytest.raises(SystemExit) as stopped:
             main(["--model", str(TINY), *flags])
         assert stopped.value.code == 2
@@ -377,26 +430,37 @@ def test_the_command_line_prints_answers(capsys):
 
 def test_an_error_is_one_line(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"promt": "?"}\n')
-    done = subprocess.run([sys.executable, "generate.py", "--model", str(TINY), "--prompts", f"{tmp_path}/p.jsonl",
-                           "--output", f"{tmp_path}/a.jsonl", "--max_new_tokens", "30"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
+    flags = ["--model", str(TINY), "--prompts", f"{tmp_path}/p.jsonl",
+             "--output", f"{tmp_path}/a.jsonl", "--max_new_tokens", "30"]
+    done = subprocess.run([sys.executable, "generate.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/p.jsonl:2: fields ['promt']; expected")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a.jsonl").exists()
 
 
-# --- the files of AlpacaEval and Arena-Hard ---------------------------------------------------------------------------
+# --- the files of AlpacaEval and Arena-Hard -------------------------------------------------------
 
-# Written by hand after lines of the published files: alpaca_eval.json, and results/NAME/model_outputs.json.
-ALPACA = [{"instruction": "Sort these words: owl, moss", "output": "moss, owl.", "generator": "gpt4_1106_preview",
+# Written by hand after lines of the published files: alpaca_eval.json, and
+# results/NAME/model_outputs.json.
+ALPACA = [{"instruction": "Sort these words: owl, moss", "output": "moss, owl.",
+           "generator": "gpt4_1106_preview",
            "dataset": "helpful_base", "datasplit": "eval"},
           {"instruction": "Sort these words: “pine”, fern\n", "dataset": "koala"}]
 ALPACA_OUTPUT = {"dataset": str, "instruction": str, "output": str, "generator": str}
 # arena-hard-v0.1/question.jsonl, and model_answer/gpt-4-0314.jsonl.
 ARENA = [{"question_id": "96d2e87e1be8490181fc62cbee45a18e", "category": "arena-hard-v0.1",
-          "cluster": "Keyboard Key Functions & Layout", "turns": [{"content": "Sort these words: owl, moss"}]},
+          "cluster": "Keyboard Key Functions & Layout",
+          "turns": [{"content": "Sort these words: owl, moss"}]},
          {"question_id": "4f8bbc6867bb420aa1c457bffd1a27d1", "category": "arena-hard-v0.1",
-          "cluster": "Options Trading Strategies", "turns": [{"content": "Sort these words: pine, fern, lily"}]}]
-ARENA_OUTPUT = {"question_id": str, "answer_id": str, "model_id": str, "choices": list, "tstamp": float}
+          "cluster": "Options Trading Strategies",
+          "turns": [{"content": "Sort these words: pine, fern, lily"}]}]
+ARENA_OUTPUT = {"question_id": str, "answer_id": str, "model_id": str, "choices": list,
+                "tstamp": float}
+
+
+def types_of(row):
+    return {key: type(value) for key, value in row.items()}
 
 
 def flags_of(*extra):
@@ -408,7 +472,7 @@ def test_alpaca_eval_prompts_become_its_model_outputs(array, tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ALPACA)
     (tmp_path / "p.json").write_text(json.dumps(ALPACA, indent=2) if array else lines)
     outputs = json.loads(run(tmp_path / "p.json", tmp_path / "model_outputs.json", *flags_of()))
-    assert [{key: type(value) for key, value in row.items()} for row in outputs] == [ALPACA_OUTPUT] * 2
+    assert list(map(types_of, outputs)) == [ALPACA_OUTPUT] * 2
     for row, asked in zip(outputs, ALPACA):
         assert row["instruction"] == asked["instruction"] and row["dataset"] == asked["dataset"]
         assert row["generator"] == "tiny-alphapo" and row["output"] not in ("", asked.get("output"))
@@ -416,18 +480,21 @@ def test_alpaca_eval_prompts_become_its_model_outputs(array, tmp_path):
 
 def test_arena_hard_questions_become_its_model_answers(tmp_path, tiny):
     (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ARENA))
-    lines = run(tmp_path / "question.jsonl", tmp_path / "tiny.jsonl", *flags_of("--samples", "2")).decode().splitlines()
+    output = run(tmp_path / "question.jsonl", tmp_path / "tiny.jsonl", *flags_of("--samples", "2"))
+    lines = output.decode().splitlines()
     answers = list(map(json.loads, lines))
-    assert [{key: type(value) for key, value in row.items()} for row in answers] == [ARENA_OUTPUT] * 2
+    assert list(map(types_of, answers)) == [ARENA_OUTPUT] * 2
     assert [row["question_id"] for row in answers] == [row["question_id"] for row in ARENA]
-    assert len({row["answer_id"] for row in answers}) == 2 and {row["model_id"] for row in answers} == {"tiny-alphapo"}
-    texts = answer(tiny[0], tiny[2], [row["turns"][0]["content"] for row in ARENA], samples=2, batch_size=2,
-                   max_new_tokens=30)
+    assert len({row["answer_id"] for row in answers}) == 2
+    assert {row["model_id"] for row in answers} == {"tiny-alphapo"}
+    prompts = [row["turns"][0]["content"] for row in ARENA]
+    texts = answer(tiny[0], tiny[2], prompts, samples=2, batch_size=2, max_new_tokens=30)
     for row, some in zip(answers, texts):
         assert [choice["index"] for choice in row["choices"]] == [0, 1]
         for choice, text in zip(row["choices"], some):
             (turn,) = choice["turns"]
-            assert turn == {"content": text, "token_len": len(tiny[1].encode(text, bos=False, eos=False))}
+            n_tokens = len(tiny[1].encode(text, bos=False, eos=False))
+            assert turn == {"content": text, "token_len": n_tokens}
 
 
 @pytest.mark.parametrize("content, message", [
@@ -435,13 +502,18 @@ def test_arena_hard_questions_become_its_model_answers(tmp_path, tiny):
     ('[{"instruction": "a"}, 3]', "item 2: expected a JSON object, found 3"),
     ('{"prompt": "a"}\n{"instruction": "b"}', "p:2: of the shape alpaca_eval; expected responses"),
     ('{"prompt": "a"}\n\n{"prompt": []}', r"p:3: prompt is \[\]; expected a string"),
-    ('{"prompt": 3}', "p:1: prompt is 3; expected a string"), ('{"instruction": 3}', r"p:1: fields \['instruction'\]"),
+    ('{"prompt": 3}', "p:1: prompt is 3; expected a string"),
+    ('{"instruction": 3}', r"p:1: fields \['instruction'\]"),
     ('{"instruction": "a", "input": "b"}', "p:1: instruction with an input"),
-    ('{"question_id": "x", "turns": [{"content": "a"}, {"content": "b"}]}', "p:1: turns is .*; expected a list of one"),
-    ('{"question_id": "x", "turns": [{"text": "a"}]}', "p:1: turn .*; expected an object with a string role"),
-    ('{"question": "x"}', r"p:1: fields \['question'\]; expected prompt, or instruction \(AlpacaEval\)"),
+    ('{"question_id": "x", "turns": [{"content": "a"}, {"content": "b"}]}',
+     "p:1: turns is .*; expected a list of one"),
+    ('{"question_id": "x", "turns": [{"text": "a"}]}',
+     "p:1: turn .*; expected an object with a string role"),
+    ('{"question": "x"}',
+     r"p:1: fields \['question'\]; expected prompt, or instruction \(AlpacaEval\)"),
     ('{"prompt": "a"', "p:1: not valid JSON"),
-    ('{"prompt": [{"role": "assistant", "content": "a"}]}', "p:1: prompt has the roles")], ids=range(14))
+    ('{"prompt": [{"role": "assistant", "content": "a"}]}', "p:1: prompt has the roles"),
+], ids=range(14))
 def test_prompts_of_another_shape_are_refused_by_line(content, message, tmp_path, tiny):
     (tmp_path / "p").write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -290,7 +290,7 @@ def blocks(request, monkeypatch):
 
 
 def limit_logits(block, kept, monkeypatch):
-    monkeypatch.setattr(model_py, "BLOCK_LOGITS", {"cpu": block})
+    monkeypatch.setattr(model_py, "CHUNK_LOGITS", {"cpu": block})
     monkeypatch.setattr(model_py, "KEPT_LOGITS", {"cpu": kept})
 
 
@@ -385,10 +385,10 @@ class LogitsAlive(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("widths, kept", [([17] * 5 + [16], 0), ([34, 34, 33], 0), ([34, 34, 33], 1), ([34, 34, 33], 3)])
+@pytest.mark.parametrize("widths, kept", [
+    ([17] * 5 + [16], 0), ([34, 34, 33], 0), ([34, 34, 33], 1), ([34, 34, 33], 3)])
 def test_a_block_of_logits_exists_at_once_and_those_that_are_kept(widths, kept, folders, monkeypatch):
     model, n = load_model(folders["llama32"]), sum(C + R for _, C, R in PAIRS)      # a vocabulary of 101
-    cpu.speed_up(model)         # PyTorch's lower-right mask cannot be watched
     limit_logits(widths[0] * n, widths[0] * n * kept, monkeypatch)
     with LogitsAlive(n, widths) as watch:
         gradients(model, packed_losses(model, [range(len(PAIRS))]))

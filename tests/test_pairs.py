@@ -9,33 +9,38 @@ import pytest
 from data import prepare_ultrafeedback
 from data.files import Dropped, read_jsonl
 from data.pairs import main, make_pair
-from data.preference import parse_row
+from data.preference import parse_record
 
-ROW = {"prompt": "q", "all_generated_responses": ["mid", "low", "high"], "all_rm_scores": [2.0, 1.0, 4.0]}
+ROW = {"prompt": "q", "all_generated_responses": ["mid", "low", "high"],
+       "all_rm_scores": [2.0, 1.0, 4.0]}
 # Means 3, 2, 4 and standard deviations 0, 1, 3: less one deviation 3, 1, 1; less two 3, 0, -2.
 TWO = ROW | {"all_rm_scores": [3.0, 2.0, 4.0], "all_scorer_scores": [[3, 1, 7], [3, 3, 1]]}
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
 def run(tmp_path, *rows, **options):
     """The pairs that the command writes."""
-    argv = ["--input", write(tmp_path / "scored.jsonl", *rows), "--output", str(tmp_path / "pairs.jsonl")]
+    argv = ["--input", write(tmp_path / "scored.jsonl", *rows), "--output",
+            str(tmp_path / "pairs.jsonl")]
     main(argv + [word for name, value in options.items() for word in (f"--{name}", str(value))])
     return [row for _, row in read_jsonl(tmp_path / "pairs.jsonl")]
 
 
 def test_the_best_answer_is_set_against_the_worst(tmp_path):
     assert run(tmp_path, ROW) == [
-        {"prompt": "q", "chosen": "high", "rejected": "low", "chosen_score": 4.0, "rejected_score": 1.0}]
+        {"prompt": "q", "chosen": "high", "rejected": "low", "chosen_score": 4.0,
+         "rejected_score": 1.0}]
 
 
 def test_train_reads_the_same_pairs_from_both_files(tmp_path):
-    rows = [ROW, ROW | {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}, TWO]
-    assert [parse_row(row) for row in run(tmp_path, *rows)] == [parse_row(row) for row in rows]
+    rows = [ROW, ROW | {"prompt": [{"role": "system", "content": "s"},
+                                   {"role": "user", "content": "q"}]}, TWO]
+    assert [parse_record(row) for row in run(tmp_path, *rows)] == [parse_record(row) for row in rows]
 
 
 def test_scores_go_before_a_pair_that_the_line_holds_already():
@@ -45,12 +50,14 @@ def test_scores_go_before_a_pair_that_the_line_holds_already():
 def test_what_is_dropped_is_counted_by_reason_and_the_rest_summed_up(tmp_path, capsys):
     rows = [ROW, ROW | {"all_rm_scores": [1.0, 1.0, 1]}, ROW | {"all_rm_scores": [1.0, 1.9, 1.5]},
             ROW | {"all_rm_scores": [5.0, 6.0, 5.5]}]
-    assert [pair["chosen"] for pair in run(tmp_path, *rows, min_gap=1)] == ["high", "low"]       # a gap of 1 stays
+    pairs = run(tmp_path, *rows, min_gap=1)
+    assert [pair["chosen"] for pair in pairs] == ["high", "low"]        # a gap of 1 stays
     out = capsys.readouterr().out
     assert "2 in" in out and "2 dropped" in out and "1 dropped: all scores equal" in out
     assert "1 dropped: gap under min_gap = 1" in out
     assert "chosen 5 on average, rejected 3, gap 2" in out      # (4 + 6) / 2, (1 + 5) / 2
-    assert "chosen 4 characters on average, rejected 3; chosen is the longer in 50%" in out     # high low, low mid
+    # high low, low mid
+    assert "chosen 4 characters on average, rejected 3; chosen is the longer in 50%" in out
 
 
 @pytest.mark.parametrize("K, chosen, rejected, scores", [
@@ -70,13 +77,19 @@ def test_the_gap_is_that_of_the_lowered_scores():
 
 @pytest.mark.parametrize("row, options, message", [
     ("{", {}, "scored.jsonl:2: not valid JSON"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}, "scored.jsonl:2: all_generated_responses; expected a list"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, {},
+     "scored.jsonl:2: all_generated_responses; expected a list"),
     (ROW | {"all_rm_scores": [1, 2]}, {}, "scored.jsonl:2: 3 responses and 2 scores"),
-    ({"prompt": "q", "all_generated_responses": ["a", "b"]}, {}, "all_rm_scores; expected a list of finite numbers"),
-    (ROW, {"uncertainty": 1}, "scored.jsonl:2: all_scorer_scores; expected the lists of two scorers or more"),
-    (TWO | {"all_scorer_scores": [[1, 2, 3]]}, {"uncertainty": 1}, "the lists of two scorers or more"),
-    (TWO | {"all_scorer_scores": [[1, 2, 3], [1, 2]]}, {"uncertainty": 1}, "scorer 2; expected a list of 3"),
-    (TWO | {"all_scorer_scores": [[1, 2, None], [1, 2, 3]]}, {"uncertainty": 1}, "scorer 1; expected a list of 3"),
+    ({"prompt": "q", "all_generated_responses": ["a", "b"]}, {},
+     "all_rm_scores; expected a list of finite numbers"),
+    (ROW, {"uncertainty": 1},
+     "scored.jsonl:2: all_scorer_scores; expected the lists of two scorers or more"),
+    (TWO | {"all_scorer_scores": [[1, 2, 3]]}, {"uncertainty": 1},
+     "the lists of two scorers or more"),
+    (TWO | {"all_scorer_scores": [[1, 2, 3], [1, 2]]}, {"uncertainty": 1},
+     "scorer 2; expected a list of 3"),
+    (TWO | {"all_scorer_scores": [[1, 2, None], [1, 2, 3]]}, {"uncertainty": 1},
+     "scorer 1; expected a list of 3"),
     (ROW, {"min_gap": -1}, "min_gap = -1.0; expected 0 or more"),
     (ROW, {"uncertainty": "nan"}, "uncertainty = nan; expected 0 or more")])
 def test_what_is_malformed_is_refused_by_line_or_option(row, options, message, tmp_path):
@@ -89,15 +102,18 @@ def test_no_pairs_at_all_and_an_output_that_is_the_input_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no pairs left to write \(1 gap under min_gap = 9\)"):
         run(tmp_path, ROW, min_gap=9)
     with pytest.raises(ValueError, match="input and output are one file"):
-        main(["--input", f"{tmp_path}/scored.jsonl", "--output", f"{tmp_path}/../{tmp_path.name}/scored.jsonl"])
+        main(["--input", f"{tmp_path}/scored.jsonl", "--output",
+              f"{tmp_path}/../{tmp_path.name}/scored.jsonl"])
     assert (tmp_path / "scored.jsonl").read_text()
 
 
-# --- the published sets -----------------------------------------------------------------------------------------------
+# --- the published sets ---------------------------------------------------------------------------
 
 def published(chosen="high", rejected="low", **fields):
-    turns = lambda answer: [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
-    return ROW | {"prompt_id": "1", "chosen": turns(chosen), "rejected": turns(rejected), "split": "x"} | fields
+    turns = lambda answer: [{"role": "user", "content": "q"},
+                            {"role": "assistant", "content": answer}]
+    return ROW | {"prompt_id": "1", "chosen": turns(chosen), "rejected": turns(rejected),
+                  "split": "x"} | fields
 
 
 def load_from(monkeypatch, **splits):
@@ -107,13 +123,14 @@ def load_from(monkeypatch, **splits):
     return asked
 
 
-def test_the_published_sets_are_written_as_they_are_and_read_by_train(tmp_path, monkeypatch, capsys):
+def test_the_published_sets_are_written_as_they_are_and_read_by_train(
+        tmp_path, monkeypatch, capsys):
     asked = load_from(monkeypatch, train=[published(), published(chosen="mid")], test=[published()])
     prepare_ultrafeedback.main(["llama3-ultrafeedback-armorm", "--output", str(tmp_path / "a/b")])
     assert asked == ["princeton-nlp/llama3-ultrafeedback-armorm"]
     lines = [row for _, row in read_jsonl(tmp_path / "a/b/train.jsonl")]
     assert lines[0] == {name: published()[name] for name in prepare_ultrafeedback.FIELDS}
-    assert [parse_row(row)[1:] for row in lines] == [("high", "low"), ("mid", "low")]
+    assert [parse_record(row)[1:] for row in lines] == [("high", "low"), ("mid", "low")]
     assert len(list(read_jsonl(tmp_path / "a/b/test.jsonl"))) == 1
     assert "train.jsonl: 2 lines; in 1 the pair is not the best answer" in capsys.readouterr().out
 
@@ -134,7 +151,8 @@ def test_a_row_of_another_shape_is_named(row, message, tmp_path, monkeypatch):
 
 
 def test_another_set_or_splits_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no such folder; expected one or llama3-ultrafeedback-armorm"):
+    with pytest.raises(ValueError,
+                       match="no such folder; expected one or llama3-ultrafeedback-armorm"):
         prepare_ultrafeedback.main(["ultrafeedback"])
     load_from(monkeypatch, train_prefs=[])
     with pytest.raises(ValueError, match="found the splits train_prefs; expected train and test"):

@@ -6,12 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs, load_pairs, pack,
-                             parse_row, read_kept_pairs)
+from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs,
+                             load_pairs, pack, parse_record, read_kept_pairs)
 
 
 class LetterChat:
-    """A chat format whose ids can be read: characters; 1 begins, 2 follows every prompt turn, 3 ends a response."""
+    """A chat format whose ids can be read: characters; 1 begins, 2 follows every prompt turn, 3
+    ends a response."""
 
     def encode_prompt(self, messages):
         if messages[-1]["role"] != "user":
@@ -32,21 +33,26 @@ def assistant(text):
 
 def load(tmp_path, *rows, max_length=100, max_prompt_length=50):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return load_pairs([path], LetterChat(), max_length, max_prompt_length)
 
 
 SHAPES = {
     "three strings": {"prompt": "q", "chosen": "good", "rejected": "bad"},
-    "prompt string, answers in lists": {"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
-    "prompt list": {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+    "prompt string, answers in lists": {"prompt": "q", "chosen": [assistant("good")],
+                                        "rejected": [assistant("bad")]},
+    "prompt list": {"prompt": [user("q")], "chosen": [assistant("good")],
+                    "rejected": [assistant("bad")]},
     "prompt list, answers as strings": {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
     "prompt string and in the lists": {"prompt": "q", "chosen": [user("q"), assistant("good")],
                                        "rejected": [user("q"), assistant("bad")]},
-    "prompt in the lists alone": {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+    "prompt in the lists alone": {"chosen": [user("q"), assistant("good")],
+                                  "rejected": [user("q"), assistant("bad")]},
     "scored responses": {"prompt": "q", "all_generated_responses": ["so", "bad", "good"],
                          "all_rm_scores": [0.1, -2, 0.3]},
-    "SimPO's published sets": {"prompt_id": "x", "prompt": "q", "all_generated_responses": ["bad", "good"],
+    "SimPO's published sets": {"prompt_id": "x", "prompt": "q",
+                               "all_generated_responses": ["bad", "good"],
                                "all_rm_scores": [0, 1], "chosen": [user("q"), assistant("good")],
                                "rejected": [user("q"), assistant("bad")]},
 }
@@ -61,19 +67,24 @@ def test_every_shape_of_a_line_gives_the_same_pair(shape, tmp_path):
 
 
 def test_multi_turn_dialogues_keep_every_turn():
-    turns = [{"role": "system", "content": "s"}, user(" first "), assistant("reply"), user("second")]
-    row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")], "prompt": "first"}
-    prompt, chosen, rejected = parse_row(row)
-    assert [t["content"] for t in prompt] == ["s", " first ", "reply", "second"]     # the format strips
+    turns = [{"role": "system", "content": "s"}, user(" first "), assistant("reply"),
+             user("second")]
+    row = {"chosen": turns + [assistant("good")], "rejected": turns + [assistant("bad")],
+           "prompt": "first"}
+    prompt, chosen, rejected = parse_record(row)
+    # White space stays: the format strips it.
+    assert [t["content"] for t in prompt] == ["s", " first ", "reply", "second"]
     assert (chosen, rejected) == ("good", "bad")
 
 
 def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
     fine = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     pairs, dropped = load(
-        tmp_path, fine, "", fine | {"rejected": " good\n"}, fine | {"chosen": "  "}, fine | {"rejected": ""},
+        tmp_path, fine, "", fine | {"rejected": " good\n"}, fine | {"chosen": "  "},
+        fine | {"rejected": ""},
         fine | {"prompt": "q" * 49}, fine | {"prompt": "q" * 48},       # 51 and 50 tokens
-        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96},     # 101 and 100 tokens as a sequence
+        # 101 and 100 tokens as a sequence
+        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96},
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
@@ -87,24 +98,31 @@ BAD_ROWS = {
     "expected a JSON object": '["q"]',
     "no field prompt": {"chosen": "good", "rejected": "bad"},
     "expected chosen and rejected, or": {"prompt": "q", "chosen": "good"},
-    "turn {'role': 'user', 'content': 3}": {"prompt": [{"role": "user", "content": 3}], "chosen": "a", "rejected": "b"},
+    "turn {'role': 'user', 'content': 3}": {"prompt": [{"role": "user", "content": 3}],
+                                            "chosen": "a", "rejected": "b"},
     "turn 'q'": {"prompt": ["q"], "chosen": "a", "rejected": "b"},
     "prompt is 3": {"prompt": 3, "chosen": "a", "rejected": "b"},
     "prompt is []": {"prompt": [], "chosen": "a", "rejected": "b"},
     "chosen is None": {"prompt": "q", "chosen": None, "rejected": "b"},
     "rejected is 7": {"prompt": "q", "chosen": "a", "rejected": 7},
-    "chosen ends with a turn of 'user'": {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
+    "chosen ends with a turn of 'user'": {"chosen": [user("q")],
+                                          "rejected": [user("q"), assistant("b")]},
     "chosen and rejected differ before": {"chosen": [user("q"), assistant("a")],
                                           "rejected": [user("r"), assistant("b")]},
     "field prompt differs": {"prompt": "r", "chosen": [user("q"), assistant("a")],
                              "rejected": [user("q"), assistant("b")]},
     "user last": {"prompt": [user("q"), assistant("a")], "chosen": "a", "rejected": "b"},
-    "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 2, 3]},
-    "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"], "all_rm_scores": [1]},
-    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, "2"]},
-    "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q", "all_generated_responses": ["a", "b"],
+    "2 responses and 3 scores": {"prompt": "q", "all_generated_responses": ["a", "b"],
+                                 "all_rm_scores": [1, 2, 3]},
+    "1 responses and 1 scores": {"prompt": "q", "all_generated_responses": ["a"],
+                                 "all_rm_scores": [1]},
+    "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"],
+                               "all_rm_scores": [1, "2"]},
+    "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q",
+                                                          "all_generated_responses": ["a", "b"],
                                                          "all_rm_scores": [1, math.nan]},
-    "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1], "all_rm_scores": [1, 2]},
+    "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1],
+                                   "all_rm_scores": [1, 2]},
 }
 
 
@@ -116,8 +134,10 @@ def test_a_malformed_line_is_an_error_that_names_file_and_line(message, tmp_path
 
 
 def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
-    with pytest.raises(ValueError, match="pairs.jsonl: no pairs left to use .*1 identical answers; 1 an empty answer"):
-        load(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "", "rejected": "a"})
+    with pytest.raises(ValueError, match="pairs.jsonl: no pairs left to use "
+                                         ".*1 identical answers; 1 an empty answer"):
+        load(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "a"},
+             {"prompt": "q", "chosen": "", "rejected": "a"})
     with pytest.raises(ValueError, match="the files are empty"):
         load(tmp_path)
     with pytest.raises(ValueError, match="absent.jsonl: cannot be read"):
@@ -139,11 +159,13 @@ def test_many_workers_and_what_is_kept_give_the_same_pairs(tmp_path, capsys):
     many, dropped_by_many = load_pairs(files, LetterChat(), 100, 50, workers=3)
     keep_pairs(tmp_path / "kept" / "x.safetensors", many, dropped_by_many)
     kept, dropped_kept = read_kept_pairs(tmp_path / "kept" / "x.safetensors")
-    assert dropped == dropped_by_many == dropped_kept and dropped["identical answers"] == 3 + 29       # every 35th
+    assert dropped == dropped_by_many == dropped_kept
+    assert dropped["identical answers"] == 3 + 29       # every 35th
     for pairs in (many, kept):
         assert [p.source for p in pairs] == [p.source for p in alone]
         for p, q in zip(pairs, alone):
-            assert all(np.array_equal(getattr(p, name), getattr(q, name)) for name in ("prompt", "chosen", "rejected"))
+            for name in ("prompt", "chosen", "rejected"):
+                assert np.array_equal(getattr(p, name), getattr(q, name))
             assert p.prompt.dtype == np.int32
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{\n")
     with pytest.raises(ValueError, match="a.jsonl:601: not valid JSON"):
@@ -173,11 +195,13 @@ def test_packing_keeps_every_token_once_and_respects_the_budget():
     for budget in (max(map(len, pairs)), 64, 200, 10**6):
         rows = pack(pairs, budget)
         assert max(len(row.tokens) for row in rows) <= budget
-        assert sorted(p.source for row in rows for p in row.pairs) == sorted(p.source for p in pairs)
+        packed_sources = sorted(p.source for row in rows for p in row.pairs)
+        assert packed_sources == sorted(p.source for p in pairs)
         for row in rows:
             expected = [t for p in row.pairs for t in [*p.prompt, *p.chosen, *p.rejected]]
             assert row.tokens.tolist() == expected
-            assert row.lengths == [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in row.pairs]
+            assert row.lengths == [(len(p.prompt), len(p.chosen), len(p.rejected))
+                                   for p in row.pairs]
     assert len(pack(pairs, 10**6)) == 1
 
 
@@ -191,7 +215,8 @@ def test_packed_rows_are_of_near_equal_work():
 
 
 def test_a_pair_over_the_budget_is_named():
-    with pytest.raises(ValueError, match=r"f:1: the pair has 60 tokens, more than tokens_per_micro_batch = 59"):
+    with pytest.raises(ValueError, match=r"f:1: the pair has 60 tokens, more than "
+                                         r"tokens_per_micro_batch = 59"):
         pack(make_pairs([(1, 2, 3), (10, 20, 30)]), 59)
 
 
@@ -200,7 +225,8 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert [len(step) for step in steps] == [32, 32, 32, 4]
     assert sorted(i for step in steps for i in step) == list(range(100))
     assert steps == epoch_steps(100, 32, seed=3, epoch=1)
-    assert steps != epoch_steps(100, 32, seed=3, epoch=2) and steps != epoch_steps(100, 32, seed=4, epoch=1)
+    assert steps != epoch_steps(100, 32, seed=3, epoch=2)
+    assert steps != epoch_steps(100, 32, seed=4, epoch=1)
     flat = lambda steps: [i for step in steps for i in step]
     assert flat(steps) == flat(epoch_steps(100, 7, seed=3, epoch=1))
 
@@ -208,7 +234,8 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
 def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     pairs = make_pairs([(1, 1, 1)] * 20)
     train, held_out = hold_out(pairs, 5, seed=1)
-    assert len(held_out) == 5 and sorted(p.source for p in train + held_out) == sorted(p.source for p in pairs)
+    assert len(held_out) == 5
+    assert sorted(p.source for p in train + held_out) == sorted(p.source for p in pairs)
     sources = lambda pairs: [p.source for p in pairs]
     assert [*map(sources, hold_out(pairs, 5, seed=1))] == [sources(train), sources(held_out)]
     assert sources(held_out) != sources(hold_out(pairs, 5, seed=2)[1])
@@ -233,9 +260,11 @@ def test_pairs_of_one_prompt_are_held_out_together_or_not_at_all():
     for n in range(1, len(pairs)):
         for seed in range(20):
             train, held_out = hold_out(pairs, n, seed)
-            assert not set(prompts(train)) & set(prompts(held_out)) and len(train) + len(held_out) == len(pairs)
+            assert not set(prompts(train)) & set(prompts(held_out))
+            assert len(train) + len(held_out) == len(pairs)
             assert train and 0 < len(held_out) <= n
-            # Fewer than n are held out only if every prompt that is left has more pairs than are missing.
+            # Fewer than n are held out only if every prompt that is left has more pairs than are
+            # missing.
             assert all(sizes[prompt] > n - len(held_out) for prompt in set(prompts(train)))
             drawn |= set(prompts(held_out)) if n == 5 else set()
     assert drawn == set(range(8))
@@ -246,13 +275,15 @@ def test_pairs_of_one_prompt_are_held_out_together_or_not_at_all():
 def test_pairs_of_arrays_and_lines_are_kept_with_their_places(tmp_path):
     ids = np.array([1, 2], dtype=np.int32)
     sources = ["a 7.json: item 1", "a 7.json: item 22", "b: 3.jsonl:4", "a 7.json: item 3"]
-    keep_pairs(tmp_path / "x.safetensors", [PreferencePair(ids, ids, ids, source) for source in sources], Counter())
+    pairs = [PreferencePair(ids, ids, ids, source) for source in sources]
+    keep_pairs(tmp_path / "x.safetensors", pairs, Counter())
     assert [pair.source for pair in read_kept_pairs(tmp_path / "x.safetensors")[0]] == sources
 
 
 def test_a_damaged_file_of_kept_pairs_is_an_error_that_names_it(tmp_path):
-    pairs, dropped = [PreferencePair(*(np.array([1, 2], dtype=np.int32) for _ in range(3)), "a.jsonl:1")], Counter()
-    keep_pairs(tmp_path / "x.safetensors", pairs, dropped)
+    ids = np.array([1, 2], dtype=np.int32)
+    pairs = [PreferencePair(ids, ids, ids, "a.jsonl:1")]
+    keep_pairs(tmp_path / "x.safetensors", pairs, Counter())
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="x.safetensors: damaged .*delete it"):
@@ -263,4 +294,4 @@ def test_history_beside_dialogues_is_refused():
     row = {"prompt": "u", "history": [["a", "b"]], "chosen": [user("u"), assistant("a")],
            "rejected": [user("u"), assistant("b")]}
     with pytest.raises(ValueError, match="history beside dialogues"):
-        parse_row(row)
+        parse_record(row)

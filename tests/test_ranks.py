@@ -182,7 +182,7 @@ def test_the_imbalance_of_the_ranks_is_logged(data, tmp_path):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 def cut_back(output, copy):
-    """A copy of a run folder as it was when only its middle checkpoint stood, but for metrics that were logged later."""
+    """A copy of a run folder as it was when only its middle checkpoint stood, but for metrics logged later."""
     shutil.copytree(output, copy)
     shutil.rmtree(copy / "step-000020")
     with open(copy / "metrics.jsonl", "a") as f:
@@ -393,7 +393,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(data
     argv = flags(data, tmp_path / "out", max_steps=4, save_every=0, resume=True, **FLOAT32)
     running = Ranks(2, tmp_path / "log", ranks.start_with, ranks.fails_at_step, 1, 3, "signalled", argv)
     codes = running.join()
-    if codes != [128 + signal.SIGTERM] * 2:     # it came after the ranks had told each other: no step is left to stop at
+    if codes != [128 + signal.SIGTERM] * 2:     # it came after the ranks had told each other: no step is left
         assert codes == [0, 0], running.output()
     else:
         assert len(metrics(tmp_path / "out")) == len(metrics(tmp_path / "whole")) - 1
@@ -493,7 +493,11 @@ def test_a_killed_rank_leaves_no_tokenising_worker_behind(data, tmp_path):
     os.kill(pid, signal.SIGKILL)
     assert running.join() == [-signal.SIGKILL]
     end = time.time() + 10
-    alive = lambda worker: Path(f"/proc/{worker}/stat").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text()
+
+    def alive(worker):
+        stat = Path(f"/proc/{worker}/stat")
+        return stat.exists() and " Z " not in stat.read_text()
+
     while any(map(alive, workers)) and time.time() < end:
         time.sleep(0.01)
     assert not any(map(alive, workers))
@@ -731,8 +735,8 @@ PLANNED = {      # README's table: the model as (dim, layers, heads, vocabulary)
 def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
     (dim, n_layers, n_heads, vocab_size), ways = PLANNED[name]
     settings = {"model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 7 // 2,
-                "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": 8, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
-                "max_position_embeddings": 8192}
+                "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": 8,
+                "vocab_size": vocab_size, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     readme = (ROOT / "README.md").read_text()
     row = readme.index(f"| {name}")

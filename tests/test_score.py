@@ -1,4 +1,7 @@
-"""Judges and reward models that score answers, against transformers. Run: pytest tests/test_score.py"""
+"""Judges and reward models that score answers, against transformers.
+
+    pytest tests/test_score.py
+"""
 import json
 import math
 import shutil
@@ -22,12 +25,14 @@ from tokenizer import load_chat_format, load_tokenizer
 
 ROOT = Path(score_py.__file__).parent
 TINY = ROOT / "data/tiny"
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2,
              max_position_embeddings=200)
 CASES = {"llama": ("llama", {}), "tied": ("llama", {"tie_word_embeddings": True}),
          "mistral": ("mistral", {"sliding_window": 12})}
 TURNS = [{"role": "user", "content": "Sort these words: owl, moss, fern"}]
-ANSWERS = ["fern, moss, owl.", "owl", "", "moss, fern, owl, and then some more words that nobody asked for."]
+ANSWERS = ["fern, moss, owl.", "owl", "",
+           "moss, fern, owl, and then some more words that nobody asked for."]
 
 
 def randomise(model, seed=0):
@@ -60,19 +65,25 @@ def expected_rewards(folder, theirs):
     return [theirs(torch.tensor([ids])).logits.item() for ids in sequences]
 
 
+def least_difference(numbers):
+    return min(abs(a - b) for i, a in enumerate(numbers) for b in numbers[:i])
+
+
 def test_a_scalar_head_gives_transformers_rewards(scalar):
     folder, theirs = scalar
     expected = expected_rewards(folder, theirs)
     assert RewardScorer(folder)(TURNS, ANSWERS) == pytest.approx(expected, abs=1e-5)
-    assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 1e-2      # they can be told apart
+    assert least_difference(expected) > 1e-2        # they can be told apart
 
 
 def test_answers_that_do_not_fit_in_a_row_take_several(scalar, monkeypatch):
     folder, theirs = scalar
     rows = []
     monkeypatch.setattr(score_py, "TOKENS_PER_ROW", 50)
-    monkeypatch.setattr(score_py, "rewards", lambda *args: rows.append(len(args[2])) or rewards(*args))
-    assert RewardScorer(folder)(TURNS, ANSWERS) == pytest.approx(expected_rewards(folder, theirs), abs=1e-5)
+    monkeypatch.setattr(score_py, "rewards",
+                        lambda *args: rows.append(len(args[2])) or rewards(*args))
+    expected = expected_rewards(folder, theirs)
+    assert RewardScorer(folder)(TURNS, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert len(rows) > 1 and sum(rows) == len(ANSWERS)
 
 
@@ -86,32 +97,40 @@ def test_the_head_computes_in_fp32_where_the_model_is_bf16(scalar):
     assert found.tolist() == pytest.approx(expected_rewards(folder, theirs), abs=0.5)
 
 
-# --- ArmoRM -----------------------------------------------------------------------------------------------------------
+# --- ArmoRM ---------------------------------------------------------------------------------------
 
-GATING = {"num_objectives": 5, "gating_hidden_dim": 24, "gating_n_hidden": 3, "gating_temperature": 2}
-HEAD = {"regression_layer.weight": (5, 32), "reward_transform_matrix": (5, 5), "gating.logit_scale": (1,),
-        "gating.layers.0.weight": (24, 32), "gating.layers.0.bias": (24,), "gating.layers.1.weight": (24, 24),
-        "gating.layers.1.bias": (24,), "gating.layers.2.weight": (24, 24), "gating.layers.2.bias": (24,),
+GATING = {"num_objectives": 5, "gating_hidden_dim": 24, "gating_n_hidden": 3,
+          "gating_temperature": 2}
+HEAD = {"regression_layer.weight": (5, 32), "reward_transform_matrix": (5, 5),
+        "gating.logit_scale": (1,),
+        "gating.layers.0.weight": (24, 32), "gating.layers.0.bias": (24,),
+        "gating.layers.1.weight": (24, 24),
+        "gating.layers.1.bias": (24,), "gating.layers.2.weight": (24, 24),
+        "gating.layers.2.bias": (24,),
         "gating.layers.3.weight": (5, 24), "gating.layers.3.bias": (5,)}
 
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory):
-    """(folder of a small ArmoRM with Llama-3's tokenizer, transformers' model, weights of the head)"""
+    """(folder of a small ArmoRM with Llama-3's tokenizer, transformers' model, weights of the
+    head)"""
     folder = tmp_path_factory.mktemp("gated")
     config = AutoConfig.for_model("llama", vocab_size=128256, **SIZES)
     theirs = randomise(AutoModel.from_config(config, dtype=torch.float32))
     generator = torch.Generator().manual_seed(1)
     head = {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in HEAD.items()}
-    save_file({f"model.{name}": w for name, w in theirs.state_dict().items()} | head, folder / "model.safetensors")
-    fields = GATING | {"auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gated"}, "num_labels": 5}
+    body = {f"model.{name}": w for name, w in theirs.state_dict().items()}
+    save_file(body | head, folder / "model.safetensors")
+    fields = GATING | {"auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gated"},
+                       "num_labels": 5}
     (folder / "config.json").write_text(json.dumps(config.to_dict() | fields))
     shutil.copy(LLAMA3_MODEL, folder)
     return folder, theirs, head
 
 
 def gated_reward(theirs, head, ids):
-    """ArmoRM's score of one sequence in plain steps: the gate's token is searched for from the end."""
+    """ArmoRM's score of one sequence in plain steps: the gate's token is searched for from the
+    end."""
     states = theirs(torch.tensor([ids])).last_hidden_state[0]
     pattern = [128009, 128006, 78191, 128007, 271]
     x = states[max(i for i in range(len(ids)) if ids[i:i + 5] == pattern)]
@@ -120,7 +139,8 @@ def gated_reward(theirs, head, ids):
         x = x.clamp(min=0) if i < 3 else x
     gate = torch.exp(x / 2) / torch.exp(x / 2).sum() * head["gating.logit_scale"]
     objectives = head["regression_layer.weight"] @ states[-1]
-    return sum(gate[j] * sum(objectives[i] * head["reward_transform_matrix"][i, j] for i in range(5)) for j in range(5))
+    matrix = head["reward_transform_matrix"]
+    return sum(gate[j] * sum(objectives[i] * matrix[i, j] for i in range(5)) for j in range(5))
 
 
 @torch.no_grad()
@@ -130,10 +150,11 @@ def test_the_gated_head_gives_armorms_rewards_on_the_official_tokens(gated):
              {"role": "assistant", "content": "Hello!"}, *TURNS]        # the pattern is there twice
     expected = []
     for answer in ANSWERS:
-        ids = llama3_prompt([*turns, {"role": "assistant", "content": answer}])[:-4]    # less the header that follows
+        ids = llama3_prompt([*turns, {"role": "assistant", "content": answer}])
+        ids = ids[:-4]      # less the header that follows
         expected.append(gated_reward(theirs, head, ids).item())
     assert RewardScorer(folder)(turns, ANSWERS) == pytest.approx(expected, abs=1e-5)
-    assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 1e-2
+    assert least_difference(expected) > 1e-2
 
 
 def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_path):
@@ -146,13 +167,16 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps(config | fields))
         return copy
-    with pytest.raises(ValueError, match="gating.layers.0.weight has shape .24, 32.; config.json asks for .25, 32."):
+    with pytest.raises(ValueError, match="gating.layers.0.weight has shape .24, 32.; config.json "
+                                         "asks for .25, 32."):
         RewardScorer(changed(gated[0], "width", gating_hidden_dim=25))
-    with pytest.raises(ValueError, match="gating_temperature are 5, 24, 3, 0; expected positive numbers"):
+    with pytest.raises(ValueError, match="gating_temperature are 5, 24, 3, 0; expected positive "
+                                         "numbers"):
         RewardScorer(changed(gated[0], "temperature", gating_temperature=0))
     with pytest.raises(ValueError, match="pad_token_id = 2 of config.json is the end token"):
         RewardScorer(changed(scalar[0], "padded", pad_token_id=2))
-    with pytest.raises(ValueError, match="auto_map = .* is not supported"):      # code of its own may compute anything
+    # Code of its own may compute anything.
+    with pytest.raises(ValueError, match="auto_map = .* is not supported"):
         RewardScorer(changed(scalar[0], "custom", auto_map={"AutoModel": "x.py"}))
 
     sentencepiece = changed(gated[0], "tokens")
@@ -163,11 +187,12 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
 
 
 def test_a_sequence_longer_than_the_models_positions_is_refused(scalar):
-    with pytest.raises(ValueError, match=r"prompt and answer 2 have \d+ tokens, more than the 200 positions"):
+    with pytest.raises(ValueError, match=r"prompt and answer 2 have \d+ tokens, more than the 200 "
+                                         "positions"):
         RewardScorer(scalar[0])(TURNS, ["owl", "owl " * 200])
 
 
-# --- judges and files -------------------------------------------------------------------------------------------------
+# --- judges and files -----------------------------------------------------------------------------
 
 JUDGES = """
 def length(turns, answer): return len(answer)
@@ -196,7 +221,8 @@ def job(tmp_path):
 
 
 def test_a_judge_adds_its_scores_to_a_line(job, capsys):
-    assert job([ROW], "length") == [ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}]
+    scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
+    assert job([ROW], "length") == [scored]
     assert "judge.py:length: mean 2, standard deviation 1, 1 to 3" in capsys.readouterr().out
 
 
@@ -214,13 +240,16 @@ def test_a_judge_and_a_reward_model_score_together(job, scalar, tmp_path):
     expected = expected_rewards(*scalar)
     assert row["all_scorer_scores"][0] == [len(answer) for answer in ANSWERS]
     assert row["all_scorer_scores"][1] == pytest.approx(expected, abs=1e-5)
-    assert row["all_rm_scores"] == pytest.approx([(len(a) + r) / 2 for a, r in zip(ANSWERS, expected)], abs=1e-5)
+    means = [(len(a) + r) / 2 for a, r in zip(ANSWERS, expected)]
+    assert row["all_rm_scores"] == pytest.approx(means, abs=1e-5)
     assert row["scorers"] == ["judge.py:length", scalar[0].name]
 
 
 def test_earlier_scores_and_pairs_are_replaced_and_counted(job, capsys):
-    before = ROW | {"all_rm_scores": [9, 1], "chosen": "a", "rejected": "bcd", "all_scorer_scores": [[9, 1], [9, 1]]}
-    assert job([before, ROW], "length") == [ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}] * 2
+    before = ROW | {"all_rm_scores": [9, 1], "chosen": "a", "rejected": "bcd",
+                    "all_scorer_scores": [[9, 1], [9, 1]]}
+    scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
+    assert job([before, ROW], "length") == [scored] * 2
     assert "1 had been scored or paired before, which is replaced" in capsys.readouterr().out
 
 
@@ -237,7 +266,8 @@ def test_an_output_that_is_begun_is_gone_on_with(job, cut, capsys):
 @pytest.mark.parametrize("cut", [0, 1, 20])
 @pytest.mark.parametrize("whole_lines", [0, 2])
 def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys):
-    rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)] + [ROW | {"all_generated_responses": ["a?", "b"]}]
+    rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)]
+    rows += [ROW | {"all_generated_responses": ["a?", "b"]}]
     partial = job.output.with_name("out.jsonl.partial")
     with pytest.raises(RuntimeError, match="failed on answer 2"):
         job([ROW | {"all_generated_responses": ["a?", "b?"]}, rows[-1]], "broken")
@@ -270,8 +300,10 @@ def test_an_output_of_other_answers_or_scorers_is_left_as_it_is(job):
 
 
 @pytest.mark.parametrize("row, message", [
-    ("[]", "expected a JSON object"), ({"prompt": "q"}, "all_generated_responses; expected a list of strings"),
-    ({"all_generated_responses": ["a"]}, "no field prompt"), (ROW | {"all_generated_responses": []}, "is empty"),
+    ("[]", "expected a JSON object"),
+    ({"prompt": "q"}, "all_generated_responses; expected a list of strings"),
+    ({"all_generated_responses": ["a"]}, "no field prompt"),
+    (ROW | {"all_generated_responses": []}, "is empty"),
     (ROW | {"prompt": 3}, "prompt is 3")])
 def test_a_malformed_line_is_named_before_anything_is_scored(row, message, job):
     with pytest.raises(ValueError, match=f"in.jsonl:2: .*{message}"):
@@ -280,17 +312,20 @@ def test_a_malformed_line_is_named_before_anything_is_scored(row, message, job):
 
 
 def test_what_a_judge_gets_wrong_is_named(job):
-    with pytest.raises(ValueError, match="in.jsonl:1: judge .*:word gave answer 1 'good'; expected a number"):
+    with pytest.raises(ValueError, match="in.jsonl:1: judge .*:word gave answer 1 'good'; "
+                                         "expected a number"):
         job([ROW], "word")
     with pytest.raises(ValueError, match=r"in.jsonl:1: scores \[\[nan, nan\]\] are not all finite"):
         job([ROW], "nan")
     with pytest.raises(RuntimeError, match="judge .*:broken failed on answer 1") as caught:
         job([ROW], "broken")
-    assert isinstance(caught.value.__cause__, ValueError) and caught.value.__notes__[0].endswith("in.jsonl:1")
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert caught.value.__notes__[0].endswith("in.jsonl:1")
 
 
 @pytest.mark.parametrize("name, message", [
-    ("length", "expected a Python file and a function in it"), ("absent.py:length", "expected a Python file"),
+    ("length", "expected a Python file and a function in it"),
+    ("absent.py:length", "expected a Python file"),
     ("data:length", "expected a Python file"), ("{}/judge.py:absent", "has no function absent"),
     ("{}/judge.py:number", "has no function number")])
 def test_a_judge_that_is_not_there_is_named(name, message, tmp_path):
@@ -306,22 +341,27 @@ def test_a_call_needs_a_scorer(capsys):
 
 
 def test_the_loop_from_answers_to_pairs_by_its_commands(tmp_path):
-    """The embedded answers, scored anew and paired, are the pairs that train.py makes of the embedded scores."""
+    """The embedded answers, scored anew and paired, are the pairs that train.py makes of the
+    embedded scores."""
     rows = [row for _, row in read_jsonl(TINY / "pairs.jsonl")][:200]
     unscored = [{name: row[name] for name in ("prompt", "all_generated_responses")} for row in rows]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unscored))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command, source, target in ((["score.py", "--judge", f"{TINY}/judge.py:score"], "answers", "scored"),
-                                    (["-m", "data.pairs"], "scored", "pairs")):
+    scoring = ["score.py", "--judge", f"{TINY}/judge.py:score"]
+    pairing = ["-m", "data.pairs"]
+    for command, source, target in ((scoring, "answers", "scored"), (pairing, "scored", "pairs")):
         files = ["--input", f"{tmp_path}/{source}.jsonl", "--output", f"{tmp_path}/{target}.jsonl"]
-        done = subprocess.run([sys.executable, *command, *files], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command, *files], cwd=ROOT, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
     scored = [row for _, row in read_jsonl(tmp_path / "scored.jsonl")]
+    # The embedded scores are rounded.
     assert all(math.isclose(a, b, abs_tol=0.051) for new, old in zip(scored, rows, strict=True)
-               for a, b in zip(new["all_rm_scores"], old["all_rm_scores"], strict=True))      # those are rounded
+               for a, b in zip(new["all_rm_scores"], old["all_rm_scores"], strict=True))
     read = lambda file: load_pairs([tmp_path / file], LetterChat(), 1000, 1000)
     (ours, dropped), (theirs, dropped_theirs) = read("pairs.jsonl"), read("rows.jsonl")
-    tokens = lambda pairs: [[ids.tolist() for ids in (p.prompt, p.chosen, p.rejected)] for p in pairs]
+    tokens = lambda pairs: [[ids.tolist() for ids in (p.prompt, p.chosen, p.rejected)]
+                            for p in pairs]
     assert tokens(ours) == tokens(theirs) and len(ours) > 100
     assert f"{len(rows) - len(ours)} dropped: all scores equal" in done.stdout and not dropped
     assert dropped_theirs == {"all scores equal": len(rows) - len(ours)}

@@ -24,7 +24,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import tokenizer as tokenizer_module
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, llama3_prompt, mistral_ids, write_smollm2_tokenizer
-from tokenizer import BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat_format, load_tokenizer
+from tokenizer import (BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceTokenizer, load_chat,
+                       load_chat_format, load_tokenizer)
 
 # --- generated dialogues ----------------------------------------------------------------------------------------------
 
@@ -505,6 +506,41 @@ def test_the_command_shows_a_dialogue_and_compares_it(folders, capsys):
     out = capsys.readouterr().out
     assert "named SmolLM" in out and "'<|im_start|>'" in out and "response, which is scored" in out
     assert "4 prompts have the ids of transformers" in out
+
+
+@pytest.fixture
+def smollm2_copy(folders, tmp_path):
+    return shutil.copytree(folders["smollm2"], tmp_path / "m")
+
+
+@pytest.mark.parametrize("config", [None, {}, {"vocab_size": None}, {"vocab_size": 49152}, {"vocab_size": 49280}])
+def test_load_chat_loads_the_tokenizer_and_the_format_in_one_call(smollm2_copy, config):
+    if config is not None:
+        (smollm2_copy / "config.json").write_text(json.dumps(config))
+    chat = load_chat(str(smollm2_copy))
+    two_calls = load_chat_format(smollm2_copy, load_tokenizer(smollm2_copy))
+    assert type(chat) is type(two_calls) and chat.source == two_calls.source
+    assert chat.tokenizer.names == two_calls.tokenizer.names
+    assert chat.encode_prompt(SYSTEM_TWO_TURNS) == two_calls.encode_prompt(SYSTEM_TWO_TURNS)
+    assert chat.encode_response("Hello!") == two_calls.encode_response("Hello!")
+    assert type(load_chat(smollm2_copy, "chatml")) is CHAT_FORMATS["chatml"]
+
+
+def test_load_chat_hands_the_date_on(smollm2_copy):
+    write_settings(smollm2_copy, "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML_TEMPLATE)
+    assert load_chat(smollm2_copy, date="2026-01-31").opening().startswith("31 Jan 2026\n")
+
+
+def test_load_chat_refuses_an_embedding_that_is_smaller_than_the_vocabulary(smollm2_copy):
+    (smollm2_copy / "config.json").write_text(json.dumps({"vocab_size": 49151}))
+    with pytest.raises(ValueError, match="use 49152 tokens .* the embedding has 49151 rows"):
+        load_chat(smollm2_copy)
+    load_chat_format(smollm2_copy, load_tokenizer(smollm2_copy))            # which does not look at it
+
+
+def test_load_chat_refuses_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_chat(tmp_path / "m")
 
 
 def test_an_unknown_format_is_an_error_that_names_the_choices(tokenizers, tmp_path):

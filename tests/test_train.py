@@ -59,7 +59,8 @@ def reference_loss(model, start, pair, config):
     chosen, rejected = (sequence_logp(model, pair.prompt, y) for y in (pair.chosen, pair.rejected))
     if config.method == "dpo":
         with torch.no_grad():
-            ref_chosen, ref_rejected = (sequence_logp(start, pair.prompt, y).sum() for y in (pair.chosen, pair.rejected))
+            ref_chosen, ref_rejected = (sequence_logp(start, pair.prompt, y).sum()
+                                        for y in (pair.chosen, pair.rejected))
         margin = config.beta * (chosen.sum() - ref_chosen - rejected.sum() + ref_rejected)
     elif config.method == "simpo":
         margin = config.beta * (chosen.mean() - rejected.mean() - config.gamma_beta_ratio)
@@ -194,8 +195,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 
 @pytest.mark.parametrize("toml, message", [
     ("learning_rat = 1", "unknown key 'learning_rat'"), ("epochs = 1.5", "epochs = 1.5; expected int"),
-    ("beta = true", "beta = True; expected"), ('data = "a"', "data = 'a'; expected"), ("a = = b", "cannot be read as a TOML"),
-    ("recompute = 1", "recompute = 1; expected bool"),
+    ("beta = true", "beta = True; expected"), ('data = "a"', "data = 'a'; expected"),
+    ("a = = b", "cannot be read as a TOML"), ("recompute = 1", "recompute = 1; expected bool"),
     ("resume = true", "unknown key 'resume'")])
 def test_a_bad_recipe_is_an_error_that_names_file_and_key(toml, message, tmp_path):
     (tmp_path / "r.toml").write_text(toml)
@@ -248,7 +249,8 @@ def run(tmp_path_factory):
 def test_a_run_logs_every_step_and_evaluates_before_and_after(run):
     output, evaluations = run
     lines = metrics_of_run(output)
-    assert [(line["step"], "eval_loss" in line) for line in lines] == [(0, True), (1, False), (2, False), (3, False), (3, True)]
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [
+        (0, True), (1, False), (2, False), (3, False), (3, True)]
     assert [lines[0], lines[-1]] == evaluations
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
              "logps/rejected", "logps/margins"}
@@ -301,7 +303,8 @@ def dated_model(folder):
     """The embedded model with a chat template that writes the date."""
     shutil.copytree(TINY / "model", folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{{ bos_token + strftime_now('%d %b %Y') }}" + settings["chat_template"][len("{{ bos_token }}"):]
+    rest = settings["chat_template"].removeprefix("{{ bos_token }}")
+    settings["chat_template"] = "{{ bos_token + strftime_now('%d %b %Y') }}" + rest
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 

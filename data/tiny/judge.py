@@ -1,9 +1,9 @@
-"""The judge of the tiny task: how well does an answer put the words of the prompt into alphabetical order?"""
+"""The judge of the tiny task: how well an answer puts the words of the prompt into order."""
 
 
 def score(messages, answer):
-    """0 to 100: the share of places that hold the right word. messages are the turns of the prompt; its last line ends
-    with the words, after a colon. Words too many or too few count as wrong places."""
+    """0 to 100: the share of places that hold the right word. Words too many or too few count as
+    wrong places. messages are the turns of the prompt, whose words follow its last colon."""
     words = messages[-1]["content"].rsplit(":", 1)[1]
     expected = sorted(_split(words))
     found = _split(answer)

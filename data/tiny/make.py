@@ -21,12 +21,12 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from data.files import write_rows, write_whole, written_whole
+from data.files import write_records, write_whole, written_whole
 from data.preference import PreferencePair, pack
 from data.tiny.judge import score
-from generate import answer
 from model import Transformer, load_model, read_config
-from tokenizer import load_chat_format, load_tokenizer
+from sampler import answer
+from tokenizer import load_chat
 
 HERE = Path(__file__).parent
 
@@ -185,8 +185,7 @@ def main(steps=2000, n_pairs=2048, n_held_out=256):
     # 1. The tokenizer, and a model with random weights.
     make_tokenizer(folder, rng)
     write_configs(folder)
-    tokenizer = load_tokenizer(folder)
-    chat = load_chat_format(folder, tokenizer)
+    chat = load_chat(folder)
     model = Transformer(read_config(folder))
     for p in model.parameters():
         if p.ndim == 2:         # matrices; norms stay at 1
@@ -205,19 +204,20 @@ def main(steps=2000, n_pairs=2048, n_held_out=256):
     prompts = list(dict.fromkeys(drawn))
     held_out = prompts[:n_held_out]
     answered = prompts[n_held_out:]
-    write_rows(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in held_out])
+    write_records(HERE / "prompts.jsonl", [{"prompt": prompt} for prompt in held_out])
 
     # 4. Answers of the model itself, and their scores.
     answers_to_all = answer(model, chat, answered, samples=5, seed=13, batch_size=256,
                             max_new_tokens=40, temperature=0.8, top_p=0.95)
-    rows = []
+    records = []
     all_scores = []
     for prompt, answers in zip(answered, answers_to_all):
         scores = [round(score([{"content": prompt}], text), 1) for text in answers]
         all_scores += scores
-        rows.append({"prompt": prompt, "all_generated_responses": answers, "all_rm_scores": scores})
-    write_rows(HERE / "pairs.jsonl", rows)
-    print(f"{len(rows)} prompts, mean score {sum(all_scores) / len(all_scores):.1f}")
+        records.append(
+            {"prompt": prompt, "all_generated_responses": answers, "all_rm_scores": scores})
+    write_records(HERE / "pairs.jsonl", records)
+    print(f"{len(records)} prompts, mean score {sum(all_scores) / len(all_scores):.1f}")
 
 
 if __name__ == "__main__":
