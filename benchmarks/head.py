@@ -64,15 +64,15 @@ def head_step(states, weight, targets, lengths):
     for _, C, R in lengths:
         start = end
         end = start + C + R
-        head = states[start:end], weight, targets[start:end]
-        logps, logsumexp, blocks = target_logps(*head, keep=True)               # (C + R,)
+        inputs = states[start:end], weight, targets[start:end]
+        logps, logsumexp, kept = target_logps(*inputs, keep=True)               # (C + R,)
         logps.requires_grad_()
         chosen, rejected = average_logps(logps, (C, R)).split(1)
         losses, *_ = simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
         loss = losses.sum() / len(lengths)
         (grad,) = torch.autograd.grad(loss, logps)
-        grad_states[start:end] = target_logps_backward(grad, *head, logsumexp, blocks, grad_weight)
-        del blocks                  # the logits of one pair alone exist at once
+        grad_states[start:end] = target_logps_backward(
+            grad, *inputs, logsumexp, kept, grad_weight)
         total += loss.item()
     return total
 

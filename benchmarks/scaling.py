@@ -135,15 +135,14 @@ def prompts_twice(model, pairs):
         for pair in pairs:
             start = end
             end = start + len(pair.chosen) + len(pair.rejected)
-            head = states[start:end], weight, targets[start:end]
-            logps, logsumexp, blocks = target_logps(*head, keep=True)
+            inputs = states[start:end], weight, targets[start:end]
+            logps, logsumexp, kept = target_logps(*inputs, keep=True)           # (C + R,)
             logps.requires_grad_()
             averages = average_logps(logps, (len(pair.chosen), len(pair.rejected)))
             losses, *_ = pair_loss(CONFIG, pair, *averages.split(1))
             (grad,) = torch.autograd.grad(losses.sum() / len(pairs), logps)
             grad_states[start:end] = target_logps_backward(
-                grad, *head, logsumexp, blocks, weight.grad)
-            del blocks              # the logits of one pair alone exist at once
+                grad, *inputs, logsumexp, kept, weight.grad)
         states.backward(grad_states)
     return call
 
