@@ -37,7 +37,7 @@ def prompt_turns(record, field, as_it_stands=False):
     The columns that change the prompt are used. ValueError if they are malformed or contradict
     each other, or if a text is laid out already (unless as_it_stands).
     """
-    _refuse_more_than_text(record, "the record")
+    _refuse_more_than_text(record, "the row")
     return _prompt_in_columns(record, field, as_it_stands)
 
 
@@ -49,7 +49,7 @@ def prompt_and_answers(record, as_it_stands=False):
     malformed, contradicts itself, or is laid out already (unless as_it_stands).
     """
     # 1. The answers, and what comes before them in dialogues.
-    _refuse_more_than_text(record, "the record")
+    _refuse_more_than_text(record, "the row")
     before_chosen, chosen = _split_answer(record["chosen"], "chosen", as_it_stands)
     before_rejected, rejected = _split_answer(record["rejected"], "rejected", as_it_stands)
     if not same_turns(before_chosen, before_rejected):
@@ -225,7 +225,7 @@ def _refuse_more_than_text(fields, where):
         if fields.get(name):
             raise ValueError(f"{where} has {name} ({fields[name]!r:.80}), which the model would "
                              "have to see and which is not supported; take the field out if it "
-                             "does not matter, else leave the record out")
+                             "does not matter, else leave the row out")
 
 
 def same_turns(some, others):

@@ -187,7 +187,7 @@ def _check_values(value, field):
     # Containers: the field is spelled as in jq, a.b[0].
     elif isinstance(value, dict):
         for name, inner in value.items():
-            _check_values(name, f"a name in {field or 'the record'}")
+            _check_values(name, f"a name in {field or 'the row'}")
             _check_values(inner, f"{field}.{name}" if field else name)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
@@ -280,7 +280,7 @@ def _read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: a parquet file, which only pyarrow can read; pip install "
-                         "pyarrow, or save the records as JSON Lines") from None
+                         "pyarrow, or save the rows as JSON Lines") from None
 
     def as_text(value):
         if isinstance(value, bytes):

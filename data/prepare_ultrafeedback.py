@@ -83,7 +83,7 @@ def main(argv=None):
             try:
                 line, agrees = convert(record)
             except ValueError as e:
-                raise ValueError(f"{name}, {split}, record {number}: {e}") from None
+                raise ValueError(f"{name}, {split}, row {number}: {e}") from None
             lines.append(line)
             if not agrees:
                 n_differing += 1
