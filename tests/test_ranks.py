@@ -724,21 +724,26 @@ def test_the_plan_has_the_defaults_of_training_and_reads_its_recipes(tmp_path):
 
 
 SYNC = "--sync_every_micro_batch"
-PLANNED = {      # README's table: the model as (dim, layers, heads, vocabulary), other flags
-    "Mistral-7B-Instruct-v0.2": ((4096, 32, 32, 32000), [[], [SYNC], [SYNC, "--no-recompute"]]),
-    "Meta-Llama-3-8B-Instruct": ((4096, 32, 32, 128256), [[], [SYNC], [SYNC, "--no-recompute"]]),
-    "Meta-Llama-3-70B-Instruct": ((8192, 80, 64, 128256), [[SYNC]]),
-}
+EVERY_WAY = [[], [SYNC], [SYNC, "--no-recompute"]]
+MISTRAL, LLAMA = (4096, 32, 32, 32000), (4096, 32, 32, 128256)          # dim, layers, heads, vocabulary
+PLANNED = [      # tables of READMEs: page, model, its sizes, other flags of each row
+    ("RUNNING.md", "Mistral-7B-Instruct-v0.2", MISTRAL, EVERY_WAY),
+    ("RUNNING.md", "Meta-Llama-3-8B-Instruct", LLAMA, EVERY_WAY),
+    ("RUNNING.md", "Meta-Llama-3-70B-Instruct", (8192, 80, 64, 128256), [[SYNC]]),
+    ("README.md", "Mistral-7B-Instruct-v0.2", MISTRAL, [[SYNC]]),
+    ("README.md", "Meta-Llama-3-8B-Instruct", LLAMA, [[SYNC]]),
+    ("README.md", "Meta-Llama-3-70B-Instruct", (8192, 80, 64, 128256), [[SYNC]]),
+]
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_the_readme_shows_what_the_plan_prints(name, tmp_path, capsys):
-    (dim, n_layers, n_heads, vocab_size), ways = PLANNED[name]
+@pytest.mark.parametrize("page, name, sizes, ways", PLANNED, ids=str)
+def test_the_readme_shows_what_the_plan_prints(page, name, sizes, ways, tmp_path, capsys):
+    dim, n_layers, n_heads, vocab_size = sizes
     settings = {"model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 7 // 2,
                 "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": 8,
                 "vocab_size": vocab_size, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / page).read_text()
     row = readme.index(f"| {name}")
     for way in ways:
         plan.plan(plan.parse_args(["--model", str(tmp_path), "--recompute", *way]))
