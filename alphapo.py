@@ -30,9 +30,9 @@ def alphapo_reward(logps, *, alpha, beta):
     if alpha == 0:
         return beta * logps
 
-    # exp(x) - 1 loses its digits as x -> 0; expm1(x) keeps them. But its gradient loses them for
-    # x < -1, which only a negative alpha reaches: autograd computes the derivative of expm1(x) as
-    # expm1(x) + 1, which cancels there. That of exp(x) is exp(x) itself.
+    # exp(x) - 1 loses its digits as x -> 0, and expm1(x) keeps them. For x < -1, which only a
+    # negative alpha reaches, exp(x) is better: autograd computes the derivative of expm1(x) as
+    # expm1(x) + 1, which cancels there, and that of exp(x) as exp(x).
     x = -alpha * logps
     exp_minus_1 = torch.where(x < -1, x.exp() - 1, x.expm1())
     return -beta * exp_minus_1 / alpha
@@ -128,7 +128,7 @@ def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
         "rewards/chosen": chosen_rewards.mean(),
         "rewards/rejected": rejected_rewards.mean(),
         "rewards/margins": reward_margins.mean(),
-        "rewards/accuracies": is_accurate.double().mean(),
+        "rewards/accuracies": is_accurate.double().mean(),      # whatever the target margin
         "logps/chosen": chosen_logps.mean(),
         "logps/rejected": rejected_logps.mean(),
         "logps/margins": logp_margins.mean(),

@@ -8,8 +8,8 @@
     run.json        what the run is: its knobs, the shape of its model, the digest of its pairs
     config.toml     the resolved config: give it back to repeat the run
     metrics.jsonl   an object a step, and one an evaluation
-    step-000400/    a Hugging Face folder, with train_state/ in it until the last: fp32 weights,
-                    moments and counters, as torch.distributed.checkpoint writes them
+    step-000400/    a Hugging Face folder. Every one but the last of the run also has train_state/
+                    in it: fp32 weights, moments and counters, by torch.distributed.checkpoint
 
 A checkpoint is written under another name and gets its own once it is complete.
 """
@@ -192,7 +192,7 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
         shutil.rmtree(writing, ignore_errors=True)      # of a run that was killed here
 
     def complete():
-        # Two names and never none: what stood here before is kept until the new one is in place.
+        # The same step may have been saved before, by a run that a signal stopped after it.
         if folder.exists():
             folder.rename(folder.with_suffix(".replaced.incomplete"))
         writing.rename(folder)
@@ -218,8 +218,8 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
 
 
 def _delete_old(output, step, keep_last):
-    """Deletes checkpoints before `step` but for the keep_last - 1 newest (0: none), and all that is
-    incomplete."""
+    """Deletes checkpoints before `step`, so that keep_last stay with that of `step` (0: all stay),
+    and whatever is incomplete."""
     whole = checkpoints(output)
     older = sorted(s for s in whole if s < step)
     surplus = len(older) - (keep_last - 1) if keep_last else 0

@@ -1,4 +1,6 @@
-"""What only CPUs gain from. Nothing depends on it: without this file a run is slower, no different.
+"""What only CPUs gain from. Without it a run is slower there, and different by rounding alone.
+
+To be rid of it, delete this file and the calls in distributed.py, generate.py and score.py.
 
     cpu.speed_up(model)         # after load_model, if the model computes on a CPU
 
@@ -6,8 +8,9 @@ model.py is plain PyTorch, whose kernels are made for GPUs first. On CPUs four o
 replacing: matrix products, attention, RMSNorm, and the gradient of the embedding; and memory that
 is freed is worth keeping. Results change by rounding alone.
 
-Be warned that two of these are for the whole process, and that the gradient of the embedding is
-written behind autograd's back: do not copy this file into a project that trains otherwise.
+Be warned: matrix products and freed memory are a matter of the whole process, and the gradient of
+the embedding is written behind autograd's back. Do not copy this file into a project that trains in
+another way.
 """
 import ctypes
 import warnings

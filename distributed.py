@@ -88,8 +88,8 @@ def say(*lines):
 
 
 def from_rank_0(function):
-    """What function() returns or raises on rank 0, on every rank. Runs on rank 0 alone, and is a
-    barrier."""
+    """What function() returns or raises on rank 0, on every rank. It runs on rank 0 alone, which
+    waits for no other; the others wait for it."""
     box = [None, None]                      # what it returned, what it raised
     if dist.get_rank() == 0:
         try:
@@ -117,7 +117,7 @@ def run_rank(main, explain=lambda error: None):
     except KeyboardInterrupt:       # where no step is in hand that could be saved
         status = 128 + signal.SIGINT
     except SystemExit as e:
-        status = e.code or 0
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException as e:      # a panic in a library written in Rust is no Exception
         status = 1
         if first_to_fail(store):
@@ -147,9 +147,9 @@ def first_to_fail(store):
 
 
 def end_rank(status, world):
-    """Ends this process. One rank of several skips Python's own shutdown: after an error that would
-    wait for ranks that wait for this one; after success a thread of gloo's that lets go of its last
-    tensor in it aborts the process (seen in one of ten runs of two ranks on a busy machine)."""
+    """Ends this process. One rank of several skips Python's own shutdown. After an error that would
+    wait for ranks that wait for this one. After success it may abort: a thread of gloo's can still
+    hold a tensor then (seen in one of ten runs of two ranks on a busy machine)."""
     if world > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -180,8 +180,8 @@ def load_sharded(config, device):
 
 
 def shard_model(model, config, device):
-    """FSDP2: each rank holds a slice of every weight, gradient and moment, in fp32. Only the
-    running block, the next one and the root (embedding, norm, head) are gathered at a time, in
+    """FSDP2: each rank holds a slice of every weight, gradient and moment, in weight_dtype. Only
+    the running block, the next one and the root (embedding, norm, head) are gathered at a time, in
     compute_dtype."""
     precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.compute_dtype),
@@ -212,9 +212,9 @@ def device_mesh(shard_within_node, device):
 
 
 def set_gradient_sync(model, last_row, every_row):
-    """Says, before a row's backward pass, whether ranks reduce their gradients in it. They do in
-    that of a step's last row; with every_row in all, which frees the whole gradients that otherwise
-    wait between rows. Replicas (HSDP) meet in the last one alone."""
+    """To be called before a row's backward pass. Ranks reduce their gradients in that of a step's
+    last row alone; with every_row in that of every row, so that no whole gradients wait between
+    rows. Replicas (HSDP) reduce in the last one alone."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(every_row or last_row)
         model.set_requires_all_reduce(last_row)
@@ -240,9 +240,8 @@ def forget_gathered_weights(model):
 
 @contextmanager
 def noted_signals():
-    """Notes SIGINT and SIGTERM (preemption, Ctrl-C) instead of dying: the step in hand is to be
-    finished and saved. Gives the dict of them, 1 for a signal that came. A later one kills at
-    once."""
+    """Notes SIGINT and SIGTERM (preemption, Ctrl-C) instead of dying, so that the step in hand can
+    be finished and saved. Yields {signal: 1 if it came, else 0}. A second signal kills at once."""
     noted = {signal.SIGINT: 0, signal.SIGTERM: 0}
 
     def note(number, _):

@@ -6,11 +6,11 @@
     save_model(model, "aligned", like="Llama-3-8B-Instruct")
 
 Four parts, in this order: the transformer; attention in a row of pairs; the vocabulary head, which
-never holds all logits; Hugging Face folders, read and written. Parameter names are Hugging Face's
-and rotary embedding splits each head in halves as theirs does, so the state dict IS the safetensors
-file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (bias on
-q, k and v) and Qwen3 (norms on q and k); any other model or feature in config.json is an error.
-Needs torch and safetensors.
+works through the vocabulary in chunks; Hugging Face folders, read and written. Parameter names are
+Hugging Face's and rotary embedding splits each head in halves as theirs does, so the state dict IS
+the safetensors file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding
+window), Qwen2 (bias on q, k and v) and Qwen3 (norms on q and k); any other model or feature in
+config.json is an error. Needs torch and safetensors.
 
 Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
@@ -68,7 +68,8 @@ class Transformer(nn.Module):
         # where it computes, if its weights rest on another one (CPU offload).
         self.recompute = False
         self.compute_device = None
-        self.causal_attention = partial(causal_attention, window=config.window)     # see cpu.py
+        # Held here so that another kernel can take its place, as cpu.py's does.
+        self.causal_attention = partial(causal_attention, window=config.window)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
     def forward(self, tokens):
         """Logits of one plain sequence, all V of them for every token. (T,) -> (T, V)
 
-        For checks and for copying; training never makes all logits.
+        For checks, and for projects that copy this file; training never makes all logits.
         """
         def attend(layer, q, k, v):
             return self.causal_attention(q, k, v)
@@ -193,6 +194,8 @@ class MLP(nn.Module):
     def forward(self, x):
         gate = self.gate_proj(x)                                                # (T, hidden_dim)
         up = self.up_proj(x)                                                    # (T, hidden_dim)
+        # SwiGLU takes the weight and not the module: hooks and adapters (LoRA) of down_proj would
+        # not run. With those write self.down_proj(F.silu(gate) * up). The head is used likewise.
         return SwiGLU.apply(gate, up, self.down_proj.weight)                    # (T, dim)
 
 
@@ -279,7 +282,7 @@ def pair_attention(q, k, v, lengths, attention):
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
     the keys of prompt and rejected. It needs no mask over the row, and on CPUs it was as fast as
-    any other formulation tried, or faster; on GPUs none was measured.
+    any other formulation tried, or faster. On GPUs none was measured yet.
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
     attention(q, k, v) is causal_attention with the model's window.
@@ -317,8 +320,8 @@ def causal_attention(q, k, v, window=None):
 
 
 def _full_attention(q, k, v):
-    """Flash kernels: no mask in memory. Their is_causal lets the first query see the first key, so
-    the Tk - Tq queries before ours are filled in with zeros, and what comes of these is left out.
+    """Flash kernels: no mask in memory. With is_causal they align the first query with the first
+    key, so zeros stand in for the Tk - Tq queries before ours, and what comes of these is left out.
     For a rejected response that is its prompt's attention once more, a small part of a step."""
     absent = k.shape[2] - q.shape[2]
     q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
@@ -344,8 +347,8 @@ def _window_attention(q, k, v, window):
 
 # Logits that are computed at once, in fp32: 8 MiB on CPUs, whose caches hold that, 256 MiB on GPUs.
 CHUNK_LOGITS = {"cpu": 2**21, "gpu": 2**26}
-# Logits that one call may keep for its backward pass; beyond that they are recomputed. 128 MiB on
-# CPUs, 1 GiB on GPUs, which is 2,092 tokens at Llama-3's vocabulary.
+# Logits whose exponentials one call may keep for its backward pass; the others are recomputed. 128
+# MiB on CPUs, 1 GiB on GPUs, which is 2,092 tokens at Llama-3's vocabulary.
 KEPT_LOGITS = {"cpu": 2**25, "gpu": 2**28}
 
 
@@ -376,9 +379,9 @@ class TargetLogps(torch.autograd.Function):
 
 @torch.no_grad()
 def target_logps(states, weight, targets, keep):
-    """Log-probs of targets by online softmax: the vocabulary is read chunk after chunk, with the
-    largest logit so far and the sum of exponentials so far. states (N, dim), weight (V, dim),
-    targets (N,).
+    """Log-probs of targets by online softmax, without autograd (token_logps has it): the vocabulary
+    is read chunk after chunk, with the largest logit so far and the sum of exponentials so far.
+    states (N, dim), weight (V, dim), targets (N,) from 0 to V - 1: -100 is not left out.
 
     A log-prob is z[target] - logsumexp(z), from fp32 logits. At a vocabulary of 128k and the logits
     of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
@@ -390,7 +393,8 @@ def target_logps(states, weight, targets, keep):
     """
     kept = []
     room = _limit(KEPT_LOGITS, states) if keep else 0
-    largest = -torch.inf                            # (N, 1) from the first chunk on, as are these:
+    # Numbers at first, (N, 1) tensors from the first chunk on.
+    largest = -torch.inf
     total = 0
     target_z = 0
     for _, weights, in_chunk, column in _vocabulary_chunks(states, weight, targets):
@@ -452,8 +456,8 @@ def _logits(states, weight):
     return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _limit(logits, states):
-    return logits["cpu" if states.device.type == "cpu" else "gpu"]
+def _limit(limits, states):
+    return limits["cpu" if states.device.type == "cpu" else "gpu"]
 
 
 # --- Hugging Face folders: config.json ------------------------------------------------------------

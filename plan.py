@@ -8,10 +8,11 @@ loaded, so the model's folder may hold config.json alone. A line for each number
 
     state           fp32 weights, gradients and two moments, over the ranks that they are sharded
                     over; exact
-    gathered        bf16 weights of the root and of two blocks, gradients of one in bf16 and fp32
+    gathered        bf16 weights of the root and of two blocks; in bf16 and fp32 the gradients of
+                    one block or of the root, whichever is larger
     activations     of a full row
     logits          of one pair, up to KEPT_LOGITS, and of a chunk more
-    waiting         whole fp32 gradients, which wait between the micro-batches of a step
+    waiting         whole fp32 gradients, which wait between the rows of a step, if it has several
 """
 import argparse
 import sys
@@ -22,7 +23,7 @@ import torch
 
 from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 
-# The fields of train.py's TrainConfig that change the memory, with their defaults.
+# The fields of train.py's TrainConfig that change the memory, with its defaults (a test compares).
 NUMBERS = {"tokens_per_micro_batch": 8192, "max_length": 2048, "pairs_per_step": 128}
 SWITCHES = ("recompute", "sync_every_micro_batch", "shard_within_node", "cpu_offload")
 
@@ -72,10 +73,10 @@ def plan(args):
         state = 0 if args.cpu_offload else 4 * FP32 * n / shards    # in CPU memory then
         total = state + sum(parts.values()) + waiting
         sizes = "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
-        longest = gpus * tokens / args.pairs_per_step
+        mean_length = gpus * tokens / args.pairs_per_step
         print(f"{gpus:>6}{state / 1e9:>10.1f}{sizes}{waiting / 1e9:>10.1f}{total / 1e9:>10.1f}   "
               f"{args.pairs_per_step} pairs, {args.pairs_per_step / gpus:g} a GPU; one row each, "
-              f"and nothing waiting, up to {longest:.0f} tokens a pair")
+              f"and nothing waiting, up to {mean_length:.0f} tokens a pair")
 
 
 def parse_args(argv):

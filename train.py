@@ -8,13 +8,13 @@ A Hugging Face folder goes in and comes out. To read: the knobs; the objective, 
 pairs to losses and gradients; one optimiser step; evaluation; a run and its loop. What is printed,
 flags and recipes come last.
 
-Mixed precision, as it is on GPUs (on CPUs all of the first two lines is fp32):
+Mixed precision on GPUs (on CPUs fp32 stands for bf16 too):
 
-    bf16        gathered weights, activations, the gradients of one row; also the head's logits,
-                before they become fp32. This is compute_dtype
-    fp32        the master weights, sharded over the ranks by FSDP2, and AdamW's moments; gradients
-                summed over rows and ranks. This is weight_dtype
-    fp32        softmax and log-probs of tokens
+    bf16        compute_dtype: gathered weights, activations, the gradients of one row, and the
+                vocabulary head's logits before they become fp32
+    fp32        weight_dtype: the master weights, sharded over the ranks by FSDP2; AdamW's moments;
+                gradients summed over rows and ranks
+    fp32        the head's softmax and the log-probs of tokens
     float64     averages over tokens, rewards, losses
 
 A run writes into its folder what checkpoint.py describes.
@@ -69,7 +69,7 @@ class TrainConfig:
     eval_data: list[str] = field(default_factory=list)      # held-out pairs of their own
     eval_pairs: int = 0                 # or: so many pairs of `data`, all of a prompt together
     skip_bad_lines: bool = False        # drop and count malformed lines instead of stopping
-    as_it_stands: bool = False          # take text that is laid out already as it stands
+    as_it_stands: bool = False          # accept text with chat marks in it, instead of refusing it
     output: str = ""                    # run folder; empty: the first free runs/METHOD-001, ...
     chat_format: str = ""               # llama3, chatml, ...; empty: the model's chat template
     date: str = ""                      # 2026-01-31, for templates that write it; empty: today,
@@ -82,14 +82,14 @@ class TrainConfig:
     gamma_beta_ratio: float | None = None       # target reward margin, as a share of beta
     sft_weight: float = 0.0             # adds so much of the chosen response's -log-prob per token
 
-    # The optimiser: AdamW, cosine to zero.
+    # The optimiser: PyTorch's AdamW with its betas and eps, cosine to zero.
     learning_rate: float = 7e-7
     warmup_ratio: float = 0.1           # of all steps
     weight_decay: float = 0.0           # on matrices only
     max_grad_norm: float = 1.0
     pairs_per_step: int = 128
     epochs: int = 1
-    max_steps: int = 0                  # stop there if that is earlier; 0: no
+    max_steps: int = 0                  # so many steps at most, schedule included; 0: all
     seed: int = 0                       # of the order of pairs, held-out pairs and judged samples
 
     # Size.
@@ -108,11 +108,12 @@ class TrainConfig:
 
     # Precision.
     weight_dtype: str = "float32"       # of weights, gradients, optimiser; float64 is for checks
-    compute_dtype: str = ""             # of activations; empty: bfloat16 on GPUs, else weight_dtype
+    compute_dtype: str = ""             # of activations; empty: bfloat16 on GPUs if weights are
+                                        # float32, else weight_dtype
 
     # Looking and saving.
     save_every: int = 0                 # steps between checkpoints; 0: at the end, or where a
-                                        # signal stops the run
+                                        # signal stops the run: a crash then loses all of it
     keep_last: int = 2                  # checkpoints kept, older ones are deleted; 0: all
     eval_every: int = 0                 # steps between evaluations; 0: before and after training
     judge: str = ""                     # FILE.py:FUNCTION, called with (prompt turns, answer)
@@ -125,7 +126,8 @@ class TrainConfig:
     resume: bool = False                # go on from the newest complete checkpoint in `output`
 
 
-# The knobs of each method and their defaults: the paper's Mistral row, and its DPO baseline.
+# The knobs of each method and their defaults: those of the paper's Table 3 for Mistral-7B, and its
+# DPO baseline.
 METHODS = {
     "alphapo": {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.1},
     "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.1},
@@ -133,8 +135,8 @@ METHODS = {
 }
 PATHS = ("model", "data", "eval_data", "output", "cache", "judge", "judge_prompts")
 CALL = ("resume",)
-# What may change when a run is resumed. The model and the pairs may have moved: their content is
-# compared, not their place.
+# What may change when a run is resumed. Model and pairs may have moved: the shape of the model and
+# the tokens of the pairs are compared instead (checkpoint.identity_of).
 MAY_CHANGE = (
     *PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
     "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every",
@@ -153,9 +155,10 @@ def pair_loss(config, pair, chosen, rejected):
     """The loss and the rewards of one pair, from its average log-probs.
 
     chosen, rejected (1,) -> (losses, chosen_rewards, rejected_rewards), each (1,)
-    Another objective is a branch here, its knobs and their defaults in METHODS, and the knobs as
-    fields of TrainConfig (float | None) and in FINITE or POSITIVE. open_run makes the reference of
-    a method that needs one.
+    Another objective: a function in alphapo.py and its branch here; in METHODS its knobs with their
+    defaults, which are numbers; the knobs as fields of TrainConfig (float | None), and in POSITIVE
+    or FINITE. If it needs a reference, open_run has DPO's. A loss of other things than two averages
+    changes run_row.
     """
     if config.method == "alphapo":
         losses, *rewards = alphapo_loss(
@@ -249,7 +252,7 @@ def run_rows(model, rows, config, grad_scale=None):
 # --- one optimiser step ---------------------------------------------------------------------------
 
 @dataclass
-class Step:
+class StepOutcome:
     results: torch.Tensor           # (B, 5), on every rank
     rows: list[PackedPairs]         # what the pairs were packed into
     grad_norm: float                # before clipping
@@ -277,7 +280,7 @@ def train_step(model, optimizer, pairs, rate, config):
     if applied:
         optimizer.step()
     optimizer.zero_grad()
-    return Step(results, rows, grad_norm, applied)
+    return StepOutcome(results, rows, grad_norm, applied)
 
 
 def learning_rate(step, total, config):
@@ -394,7 +397,7 @@ class Run:
     finished: bool                      # its last checkpoint is there
     # What a checkpoint holds beside weights and moments: "step", how many are done; "skipped" and
     # "skipped_in_a_row"; "start", the results of the held-out pairs at step 0; "reference", DPO's
-    # log-probs of all pairs then.
+    # log-probs of all pairs at step 0.
     progress: dict
 
     def log(self, metrics):
@@ -404,8 +407,8 @@ class Run:
 
 def main(config):
     """Runs one job on the ranks that torchrun started, or alone. Returns its evaluations, the
-    objects of metrics.jsonl with eval_ names, step 0 first. SystemExit with 128 + its number after
-    a signal, with the run saved."""
+    objects of metrics.jsonl with eval_ names, step 0 first. After a signal the run is saved, and
+    this raises SystemExit with 128 + the number of the signal."""
     device = join_ranks(config.timeout_minutes)
     try:
         run = open_run(config, device)
@@ -419,34 +422,35 @@ def main(config):
 def train(run):
     """The loop: from the step where the run is to its end, or to a signal."""
     config, progress = run.config, run.progress
-    first, last = progress["step"], len(run.steps)
+    first, n_steps = progress["step"], len(run.steps)
 
     def due(step, every):
-        return every and step % every == 0 and step < last
+        return every and step % every == 0 and step < n_steps
 
     evaluated = [line["step"] for line in run.evaluations]
     if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
         evaluate(run, first)
     with noted_signals() as noted:
         began = time.perf_counter()
-        for i in range(first, last):
-            # 1. The step, and what it was.
+        for i in range(first, n_steps):
+            # 1. The step.
             step_began = time.perf_counter()
             pairs = [run.pairs[j] for j in run.steps[i]]
-            rate = learning_rate(i, last, config)
-            step = train_step(run.model, run.optimizer, pairs, rate, config)
+            rate = learning_rate(i, n_steps, config)
+            outcome = train_step(run.model, run.optimizer, pairs, rate, config)
+            skipped = not outcome.applied
             progress["step"] = i + 1
-            progress["skipped"] += not step.applied
-            progress["skipped_in_a_row"] = 0 if step.applied else progress["skipped_in_a_row"] + 1
+            progress["skipped"] += skipped
+            progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if skipped else 0
 
             # 2. Print it and log it.
             now = time.perf_counter()
-            metrics = step_metrics(run, step, pairs, rate, now - step_began)
+            metrics = step_metrics(run, outcome, pairs, rate, now - step_began)
             run.log(metrics)
-            left = (now - began) / (i + 1 - first) * (last - i - 1)
-            say(step_line(metrics, last, left))
-            if not step.applied:
-                say(skipped_line(step, metrics))
+            left = (now - began) / (i + 1 - first) * (n_steps - i - 1)
+            say(step_line(metrics, n_steps, left))
+            if skipped:
+                say(skipped_line(outcome, metrics))
             if progress["skipped_in_a_row"] == MAX_SKIPPED:
                 raise ValueError(
                     f"step {i + 1}: {MAX_SKIPPED} steps in a row were not finite and not applied. "
@@ -466,7 +470,7 @@ def train(run):
 
         # 4. A plain Hugging Face folder, also where a judge raises at the last moment.
         try:
-            evaluate(run, last)
+            evaluate(run, n_steps)
         finally:
             folder = save(run, last=True)
     say(f'saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
@@ -503,7 +507,9 @@ def open_run(config, device):
     first, checkpoint = from_rank_0(lambda: newest_checkpoint(output, len(steps)))
     lines = from_rank_0(lambda: read_metrics(output, first) if checkpoint else [])
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
-    finished = first == len(steps) and not (checkpoint / "train_state").exists()
+    finished = from_rank_0(
+        lambda: first == len(steps) and not (checkpoint / "train_state").exists())
+    # Zeros of the right shape: load_checkpoint fills them in place.
     progress = {
         "step": first, "skipped": 0, "skipped_in_a_row": 0,
         "start": torch.zeros(len(held_out), 5, dtype=torch.float64),
@@ -624,15 +630,15 @@ def open_folder(config, model_config, pairs, held_out):
 
 # --- what is printed and logged -------------------------------------------------------------------
 
-def step_metrics(run, step, pairs, rate, seconds):
+def step_metrics(run, outcome, pairs, rate, seconds):
     """The line of metrics.jsonl of a step."""
-    metrics = {"step": run.progress["step"], **metrics_of(step.results)}
-    metrics |= {"grad_norm": step.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
-    metrics |= work_of(step.rows, seconds)
+    metrics = {"step": run.progress["step"], **metrics_of(outcome.results)}
+    metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
+    metrics |= work_of(outcome.rows, seconds)
     metrics["skipped"] = run.progress["skipped"]
-    if not step.applied:
+    if not outcome.applied:
         # Where all losses are finite and the gradient is not, it may be any of the pairs.
-        finite = step.results.isfinite().all(1).tolist()
+        finite = outcome.results.isfinite().all(1).tolist()
         sources = [pair.source for pair, fine in zip(pairs, finite) if not fine]
         metrics["not_finite"] = sources or [pair.source for pair in pairs]
     return metrics
@@ -653,17 +659,17 @@ def work_of(rows, seconds):
         "tokens_per_second": total / seconds}
 
 
-def step_line(m, last, seconds_left):
-    return (f"step {m['step']}/{last}  loss {m['loss']:.4f}  accuracy "
+def step_line(m, n_steps, seconds_left):
+    return (f"step {m['step']}/{n_steps}  loss {m['loss']:.4f}  accuracy "
             f"{m['rewards/accuracies']:.2f}  margin {m['rewards/margins']:.4f}  chosen "
             f"{m['logps/chosen']:.4f}  rejected {m['logps/rejected']:.4f}  grad "
             f"{m['grad_norm']:.3f}  lr {m['learning_rate']:.2e}  {m['tokens_per_second']:.0f} "
             f"tokens/s  {seconds_left / 60:.1f} min left")
 
 
-def skipped_line(step, m):
+def skipped_line(outcome, m):
     what = "the loss is not finite, of"
-    if step.results.isfinite().all():
+    if outcome.results.isfinite().all():
         what = "the gradient is not finite, of any of"
     names = m["not_finite"]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -790,7 +796,7 @@ def read_recipe(path, types):
     names the key."""
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     accepted = {float: (int, float), float | None: (int, float), list[str]: (list,)}
@@ -800,6 +806,8 @@ def read_recipe(path, types):
             raise ValueError(f"{path}: unknown key {name!r}; expected one of {', '.join(keys)}")
         kind = types[name]
         fits = isinstance(value, accepted.get(kind, (kind,)))
+        if kind == list[str]:
+            fits = fits and all(isinstance(item, str) for item in value)
         if not fits or (isinstance(value, bool) and kind is not bool):
             expected = getattr(kind, "__name__", kind)
             raise ValueError(f"{path}: {name} = {value!r}; expected {expected}")
@@ -853,7 +861,8 @@ def resolve_config(config):
             raise ValueError(
                 f"date = {config.date!r}; expected a date like 2026-01-31") from None
     if not config.compute_dtype:
-        compute_dtype = "bfloat16" if torch.cuda.is_available() else config.weight_dtype
+        mixed = torch.cuda.is_available() and config.weight_dtype == "float32"
+        compute_dtype = "bfloat16" if mixed else config.weight_dtype
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
     return config
 

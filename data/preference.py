@@ -59,7 +59,7 @@ class PreferencePair:
 @dataclass
 class PackedPairs:
     """A packed row: pairs end to end, [prompt | chosen | rejected] each, without padding. Padding
-    would be computed and thrown away, and pairs of any lengths fill a row as well.
+    would be computed and thrown away.
 
     A response sees its prompt and itself, never the other response and never another pair
     (pair_attention in model.py).
@@ -79,7 +79,7 @@ def parse_record(record, as_it_stands=False):
     Text that some chat format has laid out already (<|im_start|>, "Human:" ...) is refused, unless
     as_it_stands. ValueError if the record is malformed, Dropped if all its scores are equal.
     """
-    # SimPO's published sets have all of these columns. Then chosen and rejected count.
+    # SimPO's published sets have all of these columns: chosen and rejected take precedence.
     if "chosen" in record and "rejected" in record:
         return prompt_and_answers(record, as_it_stands)
     if "all_generated_responses" in record and "all_rm_scores" in record:
@@ -245,9 +245,9 @@ def pack(pairs, tokens_per_row, ranks=1):
     """Packs pairs end to end into rows of at most tokens_per_row tokens: a list of PackedPairs.
     Every pair is in exactly one row, whole.
 
-    This is bin packing, longest processing time first: the pairs go, longest first, each onto the
-    row that has the fewest tokens so far. So rows have nearly equal numbers of tokens, and there
-    are about as few as can hold the pairs.
+    This is bin packing by the rule called longest processing time first: the pairs go, longest
+    first, each onto the row that has the fewest tokens so far. So rows have nearly equal numbers of
+    tokens, and there are about as few as can hold the pairs.
 
     The number of rows is a multiple of `ranks`: rank r runs rows[r::ranks], so that all ranks run
     the same number of rows. Where that makes more rows than pairs, each row left over is a filler:
