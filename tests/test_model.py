@@ -739,3 +739,56 @@ def test_model_py_works_copied_alone_and_imports_only_torch_and_safetensors(tmp_
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True,
                           text=True)
     assert done.stdout.split() == ["5", "101"], done.stderr
+
+
+ALONE = """
+import torch
+from alphapo import alphapo_loss, average_logps
+from model import load_model
+from tokenizer import load_chat
+
+model, chat = load_model(FOLDER), load_chat(FOLDER)
+prompt = chat.encode_prompt([{"role": "user", "content": "Sort these words: owl, moss"}])
+responses = [chat.encode_response(text) for text in ("moss, owl.", "owl, moss, fern.")]
+tokens = torch.tensor(prompt + responses[0] + responses[1])
+lengths = (len(prompt), *map(len, responses))
+
+def loss():
+    logps = model.response_logps(tokens, [lengths])
+    chosen, rejected = average_logps(logps, lengths[1:]).split(1)
+    return alphapo_loss(chosen, rejected, alpha=0.25, beta=2.5, gamma_beta_ratio=0.1)[0].mean()
+
+# The log-probs are those of plain sequences and a plain log_softmax.
+with torch.no_grad():
+    found = model.response_logps(tokens, [lengths]).split(lengths[1:])
+    for logps, ids in zip(found, responses):
+        predicted = model(torch.tensor(prompt + ids))[len(prompt) - 1:-1].log_softmax(-1)
+        torch.testing.assert_close(logps, predicted[range(len(ids)), ids], rtol=0, atol=1e-5)
+
+# backward adds up, autograd.grad gives the same and changes nothing.
+parameters = list(model.parameters())
+loss().backward()
+first = [p.grad.clone() for p in parameters]
+grads = torch.autograd.grad(loss(), parameters)
+assert all(map(torch.equal, grads, first)) and all(torch.equal(p.grad, g) for p, g in zip(parameters, first))
+loss().backward()
+for p, g in zip(parameters, first):
+    torch.testing.assert_close(p.grad, 2 * g)
+
+# An optimiser of PyTorch's makes the loss fall.
+before = loss().item()
+torch.optim.SGD(parameters, lr=1e-4).step()
+assert loss().item() < before
+print("alone", len(parameters))
+"""
+
+
+def test_the_three_files_work_alone_in_an_empty_folder(tmp_path):
+    root = Path(model_py.__file__).parent
+    for name in ("alphapo.py", "model.py", "tokenizer.py"):
+        shutil.copy(root / name, tmp_path)
+    program = ALONE.replace("FOLDER", repr(str(root / "data" / "tiny" / "model")))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
+    assert done.stdout.startswith("alone"), done.stderr
