@@ -749,7 +749,7 @@ from tokenizer import load_chat
 
 model, chat = load_model(FOLDER), load_chat(FOLDER)
 prompt = chat.encode_prompt([{"role": "user", "content": "Sort these words: owl, moss"}])
-responses = [chat.encode_response(text) for text in ("moss, owl.", "owl, moss, fern.")]
+responses = [chat.encode_response(text) for text in ("owl, moss, fern.", "moss, owl.")]
 tokens = torch.tensor(prompt + responses[0] + responses[1])
 lengths = (len(prompt), *map(len, responses))
 
