@@ -11,8 +11,8 @@ baselines (SimPO and DPO) and the metrics to log. Needs torch alone.
 A pair is one prompt with a chosen and a rejected response. `*_logps` are AVERAGE log-probs per
 token of a response under the model in training, of shape (B,): one number a pair. Only DPO takes
 sums. Rewards and losses are computed in float64, whatever comes in. That is cheap for a handful of
-numbers a pair, and exp(-alpha * logps) overflows float32 beyond -alpha * logps = 88 (float64: 709):
-at alpha = 2 that is a response of -44 per token.
+numbers a pair, and exp(-alpha * logps) overflows float32 where -alpha * logps > 88 (at alpha = 2 a
+response of -44 per token), float64 at 709.
 """
 import torch
 import torch.nn.functional as F

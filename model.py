@@ -15,9 +15,10 @@ config.json is an error. Needs torch and safetensors.
 Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
 A row is one plain (T,) sequence of tokens, several texts end to end, without padding. Every layer
-but attention looks at one token at a time. So who sees whom is decided by one function that a
-caller hands in, `attend(layer, q, k, v)`: for a row of pairs that is pair_attention. Where a token
-stands in its text is said by `positions`.
+but attention looks at one token at a time. So who sees whom is decided by a function that a caller
+hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which says which
+tokens see each other, and that causal_attention, for the order and the window. Where a token stands
+in its text is said by `positions`.
 """
 import json
 import math
@@ -139,7 +140,8 @@ class Transformer(nn.Module):
         sin = sin.to(x.dtype)
         recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, partial(attend, i), recompute)
+            attend_in_layer = partial(attend, i)
+            x = block(x, cos, sin, attend_in_layer, recompute)
         return self.model.norm(x)
 
 
@@ -151,16 +153,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend, recompute=False):
+    def forward(self, x, cos, sin, attend_in_layer, recompute=False):
         # Activation checkpointing stands inside the block's forward and not around the block. So
         # FSDP2, which hooks the block, gathers the weights once for both the second forward pass
         # and the backward pass.
         if recompute:
-            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False)
-        return self.compute(x, cos, sin, attend)
+            return checkpoint(self.compute, x, cos, sin, attend_in_layer, use_reentrant=False)
+        return self.compute(x, cos, sin, attend_in_layer)
 
-    def compute(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def compute(self, x, cos, sin, attend_in_layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend_in_layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,12 +177,14 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend_in_layer):
         T = x.shape[0]
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))              # (T, H, D)
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))              # (T, K, D)
         v = self.v_proj(x).view(T, -1, self.head_dim)                           # (T, K, D)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)               # (T, H, D)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        out = attend_in_layer(q, k, v)                                          # (T, H, D)
         return self.o_proj(out.reshape(T, -1))                                  # (T, dim)
 
 
@@ -277,7 +281,7 @@ def pair_layout(lengths, device=None):
     return tuple(torch.tensor(places, device=device) for places in (positions, predictors, targets))
 
 
-def pair_attention(q, k, v, lengths, attention):
+def pair_attention(q, k, v, lengths, causal_attention):
     """Who sees whom in a row of pairs: each response sees its prompt and itself.
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
@@ -285,7 +289,7 @@ def pair_attention(q, k, v, lengths, attention):
     any other formulation tried, or faster. On GPUs none was measured yet.
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
-    attention(q, k, v) is causal_attention with the model's window.
+    causal_attention(q, k, v) has the window of the model.
     """
     sizes = []
     for P, C, R in lengths:
@@ -299,10 +303,10 @@ def pair_attention(q, k, v, lengths, attention):
     for i, (P, _, _) in enumerate(lengths):
         first = 2 * i                       # prompt and chosen
         second = 2 * i + 1                  # rejected
-        out.append(attention(q[first], k[first], v[first]))
+        out.append(causal_attention(q[first], k[first], v[first]))
         keys = torch.cat((k[first][:P], k[second]))                             # (P + R, K, D)
         values = torch.cat((v[first][:P], v[second]))
-        out.append(attention(q[second], keys, values))
+        out.append(causal_attention(q[second], keys, values))
     return torch.cat(out)                                                       # (T, H, D)
 
 
@@ -321,8 +325,9 @@ def causal_attention(q, k, v, window=None):
 
 def _full_attention(q, k, v):
     """Flash kernels: no mask in memory. With is_causal they align the first query with the first
-    key, so zeros stand in for the Tk - Tq queries before ours, and what comes of these is left out.
-    For a rejected response that is its prompt's attention once more, a small part of a step."""
+    key. So this is the one place that pads: zeros stand in for the Tk - Tq queries before ours, and
+    what comes of them is left out. For a rejected response that is its prompt's attention once
+    more, a small part of a step."""
     absent = k.shape[2] - q.shape[2]
     q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
     grouped = q.shape[1] != k.shape[1]
@@ -381,15 +386,15 @@ class TargetLogps(torch.autograd.Function):
 def target_logps(states, weight, targets, keep):
     """Log-probs of targets by online softmax, without autograd (token_logps has it): the vocabulary
     is read chunk after chunk, with the largest logit so far and the sum of exponentials so far.
-    states (N, dim), weight (V, dim), targets (N,) from 0 to V - 1: -100 is not left out.
+    states (N, dim), weight (V, dim), targets (N,) from 0 to V - 1: there is no ignore_index.
 
     A log-prob is z[target] - logsumexp(z), from fp32 logits. At a vocabulary of 128k and the logits
     of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
+    (Of bf16 states the rounding of the logits is far larger, see _logits.)
 
-    Returns log-probs (N,), and what target_logps_backward takes beside their gradient: logsumexp of
-    the logits (N, 1); and for each chunk of v logits exp(z - largest), (N, v), and the `largest`
-    that was subtracted, (N, 1). With `keep` the exponentials are kept up to KEPT_LOGITS in all; the
-    others are None.
+    Returns (logps, logsumexp, kept): (N,), (N, 1), and for each chunk of the vocabulary a pair of
+    exps (N, v) and largest (N, 1), where exps = exp(z - largest). With `keep` the exps are kept up
+    to KEPT_LOGITS in all; the others are None.
     """
     kept = []
     room = _limit(KEPT_LOGITS, states) if keep else 0
@@ -397,8 +402,8 @@ def target_logps(states, weight, targets, keep):
     largest = -torch.inf
     total = 0
     target_z = 0
-    for _, weights, in_chunk, column in _vocabulary_chunks(states, weight, targets):
-        z = _logits(states, weights)                                            # (N, v)
+    for _, chunk_weight, in_chunk, column in _vocabulary_chunks(states, weight, targets):
+        z = _logits(states, chunk_weight)                                       # (N, v)
         target_z = target_z + torch.where(in_chunk[:, None], z.gather(1, column), 0)
         before = largest
         largest = z.amax(-1, keepdim=True).clamp_(min=before)
@@ -421,16 +426,16 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
     grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
     grad = grad[:, None]
     vocabulary = _vocabulary_chunks(states, weight, targets)
-    for i, (chunk, weights, in_chunk, column) in enumerate(vocabulary):
+    for i, (chunk, chunk_weight, in_chunk, column) in enumerate(vocabulary):
         exps, largest = kept[i]
         kept[i] = None                              # freed at the end of this turn
         if exps is None:
-            exps = _logits(states, weights).sub_(largest).exp_()
+            exps = _logits(states, chunk_weight).sub_(largest).exp_()
         # d logp / d logits = onehot(target) - softmax(logits)
         grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())            # (N, v)
         grad_logits.scatter_add_(1, column, torch.where(in_chunk[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
-        grad_states += grad_logits @ weights
+        grad_states += grad_logits @ chunk_weight
         grad_weight[chunk].addmm_(grad_logits.T, states)
         del exps, grad_logits                       # before the next chunk is recomputed
     return grad_states.to(states.dtype)
@@ -439,7 +444,7 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
 def _vocabulary_chunks(states, weight, targets):
     """The vocabulary in chunks of v tokens, so that N * v is at most CHUNK_LOGITS.
 
-    Yields the slice of a chunk; its weights (v, dim); which targets are in it (N,); and their
+    Yields the slice of a chunk; its weight (v, dim); which targets are in it (N,); and their
     columns there (N, 1), 0 for the targets that are not.
     """
     size = max(1, _limit(CHUNK_LOGITS, states) // len(states))

@@ -1,4 +1,4 @@
-"""Align a Llama or Mistral model on preference pairs with AlphaPO (or SimPO, or DPO).
+"""Align a Llama, Mistral or Qwen model on preference pairs with AlphaPO (or SimPO, or DPO).
 
     python train.py                                     # embedded default: tiny model, 2 cores
     python train.py --model Llama-3.2-1B-Instruct --data pairs.jsonl --eval_pairs 256
@@ -8,7 +8,7 @@ A Hugging Face folder goes in and comes out. To read: the knobs; the objective, 
 pairs to losses and gradients; one optimiser step; evaluation; a run and its loop. What is printed,
 flags and recipes come last.
 
-Mixed precision on GPUs (on CPUs fp32 stands for bf16 too):
+Mixed precision on GPUs (on CPUs all that is bf16 here is fp32 by default):
 
     bf16        compute_dtype: gathered weights, activations, the gradients of one row, and the
                 vocabulary head's logits before they become fp32
@@ -151,32 +151,35 @@ MAX_SKIPPED = 3                 # steps in a row that are not finite; then the r
 LOSS, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGP, REJECTED_LOGP = range(5)
 
 
-def pair_loss(config, pair, chosen, rejected):
-    """The loss and the rewards of one pair, from its average log-probs.
+def pair_loss(config, pair, chosen_logps, rejected_logps):
+    """The loss and the rewards of one pair, from its average log-probs. sft_weight adds the chosen
+    response's negative average to the loss of any method.
 
-    chosen, rejected (1,) -> (losses, chosen_rewards, rejected_rewards), each (1,)
-    Another objective: a function in alphapo.py and its branch here; in METHODS its knobs with their
-    defaults, which are numbers; the knobs as fields of TrainConfig (float | None), and in POSITIVE
-    or FINITE. If it needs a reference, open_run has DPO's. A loss of other things than two averages
-    changes run_row.
+    chosen_logps, rejected_logps (1,) -> (losses, chosen_rewards, rejected_rewards), each (1,)
+
+    To add an objective: 1. a function in alphapo.py, imported here; 2. a branch here; 3. a line of
+    METHODS with its knobs and their defaults, numbers all; 4. new knobs as fields of TrainConfig,
+    float | None, and in POSITIVE or FINITE; 5. if it needs a reference, it is made in open_run
+    where DPO's is; 6. if it needs more of a pair than two averages, run_row changes.
     """
     if config.method == "alphapo":
         losses, *rewards = alphapo_loss(
-            chosen, rejected,
+            chosen_logps, rejected_logps,
             alpha=config.alpha, beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
     elif config.method == "simpo":
         losses, *rewards = simpo_loss(
-            chosen, rejected, beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
+            chosen_logps, rejected_logps,
+            beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
     elif config.method == "dpo":
         # DPO is defined on sums, against those of the starting model.
-        reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen.device)
+        reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen_logps.device)
         ref_chosen, ref_rejected = reference.split(1)
         losses, *rewards = dpo_loss(
-            chosen * len(pair.chosen), rejected * len(pair.rejected), ref_chosen, ref_rejected,
-            beta=config.beta)
+            chosen_logps * len(pair.chosen), rejected_logps * len(pair.rejected),
+            ref_chosen, ref_rejected, beta=config.beta)
     else:
         raise ValueError(f"method {config.method!r} has no loss here")
-    return losses - config.sft_weight * chosen, *rewards
+    return losses - config.sft_weight * chosen_logps, *rewards
 
 
 def run_row(model, row, config, grad_scale=None):
@@ -192,10 +195,10 @@ def run_row(model, row, config, grad_scale=None):
     tokens = row.tokens.to(model.device)                                        # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
 
-    # 2. Head and loss, a pair at a time. The gradients of the head are collected by hand: autograd
-    #    would make another one of its weight, the largest of the model, for every pair. FSDP keeps
-    #    the root's weights gathered after the forward pass, so that this one is a plain tensor, and
-    #    at the end of states.backward it reduces whatever .grad they have then.
+    # 2. Head and loss, a pair at a time. The gradient of the head's weight is added up in its .grad
+    #    by hand, for autograd would make another (V, dim) for every pair. That works under FSDP
+    #    too: it keeps the root's weights gathered after the forward pass, so that this one is a
+    #    plain tensor, and when states.backward ends it reduces the .grad that it finds there.
     weight = model.head_weight                                                  # (V, dim)
     if training:
         grad_states = torch.empty_like(states)
@@ -207,14 +210,15 @@ def run_row(model, row, config, grad_scale=None):
         start = end
         end = start + C + R
         inputs = states[start:end], weight, targets[start:end]
-        logps, logsumexp, kept = target_logps(*inputs, keep=training)           # (C + R,)
-        logps.requires_grad_(training)          # autograd takes the loss alone, from here
-        chosen, rejected = average_logps(logps, (C, R)).split(1)                # (1,) each
-        losses, chosen_rewards, rejected_rewards = pair_loss(config, pair, chosen, rejected)
-        columns = losses, chosen_rewards, rejected_rewards, chosen, rejected
+        token_logps, logsumexp, kept = target_logps(*inputs, keep=training)     # (C + R,)
+        token_logps.requires_grad_(training)    # a new leaf: autograd has the loss alone, from here
+        averages = average_logps(token_logps, (C, R))                           # (2,)
+        chosen_logps, rejected_logps = averages.split(1)                        # (1,) each
+        losses, *rewards = pair_loss(config, pair, chosen_logps, rejected_logps)
+        columns = losses, *rewards, chosen_logps, rejected_logps
         results.append(torch.cat(columns).detach())
         if training:
-            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), logps)     # (C + R,)
+            (grad,) = torch.autograd.grad(grad_scale * losses.sum(), token_logps)
             grad_states[start:end] = target_logps_backward(
                 grad, *inputs, logsumexp, kept, weight.grad)
 
@@ -245,7 +249,7 @@ def run_rows(model, rows, config, grad_scale=None):
             # A filler: there are more ranks than pairs, and FSDP's collective operations need all
             # ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
-    dist.all_reduce(results)
+    dist.all_reduce(results)            # each pair is 0 but on its own rank; a NaN stays one
     return results
 
 
@@ -268,7 +272,8 @@ def train_step(model, optimizer, pairs, rate, config):
     world = dist.get_world_size()
     rows = pack(pairs, config.tokens_per_micro_batch, world)
 
-    # 2. The gradient of the mean loss. FSDP averages over ranks: times `world` that is a sum.
+    # 2. The gradient of the mean loss over all B pairs. FSDP divides the sum over ranks by `world`,
+    #    so each rank scales its losses by world / B.
     results = run_rows(model, rows, config, grad_scale=world / len(pairs))
     grad_norm = clip_gradients(model, config.max_grad_norm)
 
@@ -317,7 +322,7 @@ def score_pairs(model, pairs, config):
     """Results (B, 5) of B pairs, in their order, on every rank."""
     rows = pack(pairs, config.tokens_per_micro_batch, dist.get_world_size())
     results = run_rows(model, rows, config)
-    forget_gathered_weights(model)
+    forget_gathered_weights(model)      # no backward pass follows that would
     return results
 
 
@@ -438,7 +443,7 @@ def train(run):
             pairs = [run.pairs[j] for j in run.steps[i]]
             rate = learning_rate(i, n_steps, config)
             outcome = train_step(run.model, run.optimizer, pairs, rate, config)
-            skipped = not outcome.applied
+            skipped = not outcome.applied       # its pairs and its place in the schedule are spent
             progress["step"] = i + 1
             progress["skipped"] += skipped
             progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if skipped else 0
@@ -670,7 +675,7 @@ def step_line(m, n_steps, seconds_left):
 def skipped_line(outcome, m):
     what = "the loss is not finite, of"
     if outcome.results.isfinite().all():
-        what = "the gradient is not finite, of any of"
+        what = "the gradient is not finite, by any of"
     names = m["not_finite"]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"skipped  step {m['step']}: {what} {', '.join(names[:8])}{more}"

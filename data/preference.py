@@ -43,7 +43,9 @@ class PreferencePair:
     chosen: np.ndarray     # the preferred response, with its end-of-turn token
     rejected: np.ndarray   # the other one, likewise
     source: str            # "file:line", or "file: item N"
-    ref_logps: tuple[float, float] = (math.nan, math.nan)    # DPO only: summed reference log-probs
+    # DPO only: SUMMED log-probs under the reference. NaN until they are set, so that a step without
+    # them is not applied.
+    ref_logps: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def lengths(self):
@@ -269,7 +271,7 @@ def pack(pairs, tokens_per_row, ranks=1):
         heaviest_load, _ = max(loads)
         if heaviest_load <= tokens_per_row:
             break
-        n_rows += ranks * max(1, n_rows // 100 // ranks)    # about 1 % more
+        n_rows += ranks * max(1, n_rows // 100 // ranks)    # `ranks` more; 1 % of many hundreds
 
     # Lay the pairs of each bin end to end.
     rows = []
