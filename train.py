@@ -294,8 +294,8 @@ def learning_rate(step, total, config):
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / (total - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    angle = math.pi * (step - warmup) / (total - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(angle))
 
 
 def make_optimizer(model, config):
