@@ -118,7 +118,7 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps,
 
 def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
     """What to log of B pairs, from their (B,) numbers: means over the pairs, as a dict of 0-d
-    tensors. The names are those that TRL's trainers log."""
+    tensors. The names are those that TRL's trainers log, and "logps/margins" beside them."""
     # Two margins on purpose: under AlphaPO the reward margin can grow while that of the log-probs
     # shrinks.
     reward_margins = chosen_rewards - rejected_rewards

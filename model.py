@@ -16,9 +16,9 @@ Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
 A row is one plain (T,) sequence of tokens, several texts end to end, without padding. Every layer
 but attention looks at one token at a time. So who sees whom is decided by a function that a caller
-hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which says which
-tokens see each other, and that causal_attention, for the order and the window. Where a token stands
-in its text is said by `positions`.
+hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which picks the
+tokens that may see each other. That calls causal_attention, which applies the causal order and the
+sliding window. Where a token stands in its text is said by `positions`.
 """
 import json
 import math

@@ -187,8 +187,8 @@ def run_row(model, row, config, grad_scale=None):
     also adds the gradient of grad_scale * (sum of losses) to .grad of the weights.
 
     The vocabulary head runs forward and backward a pair at a time. So what it keeps of the logits
-    for the backward pass is one pair's, and seldom has to be recomputed. Then the layers run
-    backward once, for the whole row.
+    for the backward pass is one pair's, and on GPUs seldom has to be recomputed. Then the layers
+    run backward once, for the whole row.
     """
     training = grad_scale is not None
     # 1. The layers, for the whole row: states that predict the N response tokens, and those tokens.
@@ -196,9 +196,10 @@ def run_row(model, row, config, grad_scale=None):
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
 
     # 2. Head and loss, a pair at a time. The gradient of the head's weight is added up in its .grad
-    #    by hand, for autograd would make another (V, dim) for every pair. That works under FSDP
-    #    too: it keeps the root's weights gathered after the forward pass, so that this one is a
-    #    plain tensor, and when states.backward ends it reduces the .grad that it finds there.
+    #    by hand, for autograd would make another (V, dim) for every pair. This works under FSDP
+    #    too, which keeps the root's weights (the head is one) gathered after the forward pass, so
+    #    that `weight` is a whole, ordinary tensor. At the end of states.backward FSDP reduces
+    #    whatever is in its .grad, including what was added by hand.
     weight = model.head_weight                                                  # (V, dim)
     if training:
         grad_states = torch.empty_like(states)
@@ -246,8 +247,7 @@ def run_rows(model, rows, config, grad_scale=None):
         if row.indices:
             results[row.indices] = run_row(model, row, config, grad_scale)
         else:
-            # A filler: there are more ranks than pairs, and FSDP's collective operations need all
-            # ranks to run as many rows.
+            # A filler (see pack): FSDP's collective operations need all ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
     dist.all_reduce(results)            # each pair is 0 but on its own rank; a NaN stays one
     return results
