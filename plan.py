@@ -15,6 +15,7 @@ loaded, so the model's folder may hold config.json alone. A line for each number
     waiting         whole fp32 gradients, which wait between the rows of a step, if it has several
 """
 import argparse
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_recipe(path):
         if type(value) is not kind:
             raise ValueError(f"{path}: {name} = {value!r}; expected {kind.__name__}")
     if "model" in values:
-        fields["model"] = str(path.parent / values["model"])    # relative to the recipe
+        fields["model"] = os.path.normpath(path.parent / values["model"])   # relative to it
     return fields
 
 
