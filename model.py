@@ -648,8 +648,9 @@ def model_folder(folder):
     if not folder.is_dir():
         local = folder
         hub_id = f"ORGANISATION/{folder.name}"
-        if re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists():
-            local = folder.name                         # a name of the hub was given
+        of_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
+        if of_hub and folder.parent.name != "models":   # a name of the hub was given
+            local = folder.name
             hub_id = folder
         raise ValueError(HOW_TO_FETCH.format(local, hub_id, MODEL_FILES))
     for pattern in COPIED_FILES:

@@ -289,6 +289,7 @@ def error_of(call, *args):
     ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
     ("Llama-3.2-1B", "ORGANISATION/Llama-3.2-1B", "Llama-3.2-1B"),
     ("runs/step-000100", "ORGANISATION/step-000100", "runs/step-000100"),
+    ("models/Llama-3.2-1B", "ORGANISATION/Llama-3.2-1B", "models/Llama-3.2-1B"),      # README's place for them
     ("/no/such/folder", "ORGANISATION/folder", "/no/such/folder"),
 ])
 def test_a_folder_that_is_not_there_shows_how_to_fetch_one(name, hub, local, tmp_path, monkeypatch):
