@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)
 
         With autograd, for any loss. Training calls target_logps and target_logps_backward itself
-        (run_row in train.py), so that all pairs share one gradient of the weight.
+        (head_and_loss in train.py), so that all pairs share one gradient of the weight.
         """
         if not torch.is_grad_enabled():
             return target_logps(states, self.head_weight, targets, keep=False)[0]

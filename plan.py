@@ -107,7 +107,7 @@ def parse_args(argv):
 def read_recipe(path):
     """The fields of a recipe that change the memory; train.py checks the others."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     fields = {name: values[name] for name in (*NUMBERS, *SWITCHES) if name in values}

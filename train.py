@@ -160,7 +160,7 @@ def pair_loss(config, pair, chosen_logps, rejected_logps):
     To add an objective: 1. a function in alphapo.py, imported here; 2. a branch here; 3. a line of
     METHODS with its knobs and their defaults, numbers all; 4. new knobs as fields of TrainConfig,
     float | None, and in POSITIVE or FINITE; 5. if it needs a reference, it is made in open_run
-    where DPO's is; 6. if it needs more of a pair than two averages, run_row changes.
+    where DPO's is; 6. if it needs more of a pair than two averages, head_and_loss changes.
     """
     if config.method == "alphapo":
         losses, *rewards = alphapo_loss(
@@ -184,30 +184,43 @@ def pair_loss(config, pair, chosen_logps, rejected_logps):
 
 def run_row(model, row, config, grad_scale=None):
     """Scores the B pairs of a packed row: results (B, 5). To train, grad_scale is given: then it
-    also adds the gradient of grad_scale * (sum of losses) to .grad of the weights.
-
-    The vocabulary head runs forward and backward a pair at a time. So what it keeps of the logits
-    for the backward pass is one pair's, and on GPUs seldom has to be recomputed. Then the layers
-    run backward once, for the whole row.
-    """
-    training = grad_scale is not None
+    also adds the gradient of grad_scale * (sum of losses) to .grad of the weights."""
     # 1. The layers, for the whole row: states that predict the N response tokens, and those tokens.
     tokens = row.tokens.to(model.device)                                        # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
 
-    # 2. Head and loss, a pair at a time. The gradient of the head's weight is added up in its .grad
-    #    by hand, for autograd would make another (V, dim) for every pair. This works under FSDP
-    #    too, which keeps the root's weights (the head is one) gathered after the forward pass, so
-    #    that `weight` is a whole, ordinary tensor. At the end of states.backward FSDP reduces
-    #    whatever is in its .grad, including what was added by hand.
-    weight = model.head_weight                                                  # (V, dim)
+    # 2. Head and loss. FSDP keeps the root's weights (the head's is one) gathered after the forward
+    #    pass, so that head_weight is a whole, ordinary tensor.
+    results, grad_states = head_and_loss(
+        states, targets, model.head_weight, row.pairs, config, grad_scale)
+
+    # 3. Backward through the layers, once. At its end FSDP reduces whatever is in .grad of the
+    #    root's weights, including what head_and_loss added.
+    if grad_scale is not None:
+        states.backward(grad_states)
+    return results
+
+
+def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
+    """Vocabulary head and loss of B pairs: (results (B, 5), gradient of the states or None).
+
+    states (N, dim) predict the targets (N,), the response tokens of pair after pair. With
+    grad_scale the gradient of `weight` (V, dim) is added to its .grad, by hand: autograd would make
+    another (V, dim) for every pair.
+
+    It runs forward and backward a pair at a time. So what is kept of the logits for the backward
+    pass is one pair's, and on GPUs seldom has to be recomputed.
+    """
+    training = grad_scale is not None
+    grad_states = None
     if training:
         grad_states = torch.empty_like(states)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     results = []
     end = 0
-    for pair, (_, C, R) in zip(row.pairs, row.lengths):
+    for pair in pairs:
+        _, C, R = pair.lengths
         start = end
         end = start + C + R
         inputs = states[start:end], weight, targets[start:end]
@@ -222,11 +235,7 @@ def run_row(model, row, config, grad_scale=None):
             (grad,) = torch.autograd.grad(grad_scale * losses.sum(), token_logps)
             grad_states[start:end] = target_logps_backward(
                 grad, *inputs, logsumexp, kept, weight.grad)
-
-    # 3. Backward through the layers, once.
-    if training:
-        states.backward(grad_states)
-    return torch.stack(results)
+    return torch.stack(results), grad_states
 
 
 def run_rows(model, rows, config, grad_scale=None):

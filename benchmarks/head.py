@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import cpu
-from alphapo import average_logps, simpo_loss
 from benchmarks.lengths import pair_lengths
+from benchmarks.scaling import random_pairs
 from benchmarks.workers import WARM_UP, Turns, Worker, machine
-from model import target_logps, target_logps_backward
+from train import LOSS, TrainConfig, head_and_loss
 
 BETA = 2.5
 GAMMA_BETA_RATIO = 0.1
@@ -42,7 +42,7 @@ def states_and_weight(vocab, width, lengths):
 
 
 def ours(vocab, width, lengths):
-    """The loss of each step of the head as train.run_row has it."""
+    """The loss of each step of the head as train.py has it."""
     cpu.multiply_by_onednn()
     sequences, targets, weight = states_and_weight(vocab, width, lengths)
     predicting = []
@@ -51,30 +51,13 @@ def ours(vocab, width, lengths):
     states = torch.cat(predicting)                                              # (N, width)
     targets = torch.cat([tokens for pair in targets for tokens in pair])        # (N,)
     del sequences, predicting
+    pairs = random_pairs(lengths, vocab)
+    config = TrainConfig(method="simpo", beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
+    weight.requires_grad_()
     while True:
-        yield head_step(states, weight, targets, lengths)
-
-
-def head_step(states, weight, targets, lengths):
-    """The mean loss of pairs, with the gradients of states (N, width) and weight (V, width)."""
-    grad_states = torch.empty_like(states)
-    grad_weight = torch.zeros_like(weight)
-    total = 0.0
-    end = 0
-    for _, C, R in lengths:
-        start = end
-        end = start + C + R
-        inputs = states[start:end], weight, targets[start:end]
-        logps, logsumexp, kept = target_logps(*inputs, keep=True)               # (C + R,)
-        logps.requires_grad_()
-        chosen, rejected = average_logps(logps, (C, R)).split(1)
-        losses, *_ = simpo_loss(chosen, rejected, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
-        loss = losses.sum() / len(lengths)
-        (grad,) = torch.autograd.grad(loss, logps)
-        grad_states[start:end] = target_logps_backward(
-            grad, *inputs, logsumexp, kept, grad_weight)
-        total += loss.item()
-    return total
+        results, _ = head_and_loss(states, targets, weight, pairs, config, 1 / len(pairs))
+        weight.grad = None                      # before the next step's memory is measured
+        yield results[:, LOSS].mean().item()
 
 
 def liger(vocab, width, lengths):

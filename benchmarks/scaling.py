@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 import cpu
-from alphapo import average_logps
 from benchmarks.lengths import pair_lengths
 from benchmarks.step import matmul_rate, useful_flops
 from benchmarks.workers import machine
 from data.preference import PreferencePair, pack
 from distributed import join_ranks
-from model import ModelConfig, Transformer, pair_attention, target_logps, target_logps_backward
-from train import TrainConfig, pair_loss, resolve_config, run_rows
+from model import ModelConfig, Transformer, pair_attention
+from train import TrainConfig, head_and_loss, resolve_config, run_rows
 
 CONFIG = resolve_config(TrainConfig(model="-", data=["-"]))
 ONE_ROW = 10**6         # tokens a row that hold all pairs of a step
@@ -125,24 +124,10 @@ def prompts_twice(model, pairs):
         return torch.cat([model.causal_attention(*sequence) for sequence in sequences])
 
     def call():
-        # As train.run_row.
+        # As train.run_row, with other states.
         states = model.states(tokens, positions, attend)[predictors]            # (N, dim)
-        weight = model.head_weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        grad_states = torch.empty_like(states)
-        end = 0
-        for pair in pairs:
-            start = end
-            end = start + len(pair.chosen) + len(pair.rejected)
-            inputs = states[start:end], weight, targets[start:end]
-            logps, logsumexp, kept = target_logps(*inputs, keep=True)           # (C + R,)
-            logps.requires_grad_()
-            averages = average_logps(logps, (len(pair.chosen), len(pair.rejected)))
-            losses, *_ = pair_loss(CONFIG, pair, *averages.split(1))
-            (grad,) = torch.autograd.grad(losses.sum() / len(pairs), logps)
-            grad_states[start:end] = target_logps_backward(
-                grad, *inputs, logsumexp, kept, weight.grad)
+        _, grad_states = head_and_loss(
+            states, targets, model.head_weight, pairs, CONFIG, 1 / len(pairs))
         states.backward(grad_states)
     return call
 
