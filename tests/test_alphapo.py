@@ -333,6 +333,14 @@ def test_dpo_loss_and_gradients_follow_its_formula():
             (-pull, pull), rel=1e-6)
 
 
+def test_dpo_loss_subtracts_in_float64():
+    # Numbers that are not within a factor of 2 of each other: their difference in float32 is rounded.
+    chosen, rejected, chosen_ref, rejected_ref = (torch.tensor([x]) for x in (-1000.1, -0.3, -0.7, -900.9))
+    _, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta=1.0)
+    assert chosen_rewards.item() == chosen.item() - chosen_ref.item() != (chosen - chosen_ref).item()
+    assert rejected_rewards.item() == rejected.item() - rejected_ref.item() != (rejected - rejected_ref).item()
+
+
 def test_losses_come_in_float64_with_the_rewards_detached():
     chosen, rejected = torch.tensor([[-0.5, -0.8], [-0.7, -0.6]], requires_grad=True)
     triples = [alphapo_loss(chosen, rejected, alpha=0.25, beta=2.5, gamma_beta_ratio=0.1),
@@ -384,6 +392,12 @@ def test_displacement_is_measured_from_the_start():
     metrics = displacement_metrics(chosen, rejected, chosen_start, rejected_start)
     assert {name: value.item() for name, value in metrics.items()} == {
         "displacement/chosen": -0.25, "displacement/rejected": -1.5, "displacement/fell": 0.5}
+
+
+def test_shares_of_pairs_are_float64():
+    better, worse = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    assert pair_metrics(better, worse, better, worse)["rewards/accuracies"].item() == 1 / 3
+    assert displacement_metrics(better, better, worse, worse)["displacement/fell"].item() == 2 / 3
 
 
 def test_log_probs_of_different_shapes_are_refused():

@@ -21,8 +21,8 @@ from distributed import join_ranks
 from model import load_model
 from small import random_pairs, sequence_logp, small_model
 from tokenizer import load_chat
-from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, parse_config,
-                   reference_logps, resolve_config, run_row)
+from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, pair_loss,
+                   parse_config, reference_logps, resolve_config, run_row, train_step)
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
@@ -165,12 +165,65 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert learning_rate(0, 1, config) == 8 and learning_rate(0, 3, config_of(warmup_ratio=0.0)) == 7e-7
 
 
+def test_a_warm_up_of_part_of_a_step_takes_the_whole_step():
+    config = config_of(learning_rate=8.0, warmup_ratio=0.1)
+    assert [learning_rate(step, 16, config) for step in range(3)] == [4, 8, 8]                  # 1.6 steps
+    assert learning_rate(3, 16, config) == pytest.approx(4 * (1 + math.cos(math.pi / 14)))
+
+
 def test_norms_and_biases_are_not_decayed(tmp_path):
     model = small_model(tmp_path, model_type="qwen2")       # has biases
     optimizer = make_optimizer(model, config_of(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+def test_a_step_of_fewer_pairs_takes_their_mean(tmp_path, one_rank):
+    """The last step of an epoch: its gradient is that of the mean over its own pairs."""
+    config, pairs = config_of(pairs_per_step=128, tokens_per_micro_batch=40), random_pairs(LENGTHS)
+    model = small_model(tmp_path)
+    losses = torch.stack([reference_loss(model, None, pair, config) for pair in pairs])
+    expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    outcome = train_step(model, make_optimizer(model, config), pairs, 1e-3, config)
+    assert outcome.applied and len(outcome.rows) > 1
+    assert outcome.results[:, LOSS].tolist() == pytest.approx(losses.tolist(), rel=1e-10)
+    norm = torch.cat([grad.flatten() for grad in expected]).norm().item()
+    assert outcome.grad_norm == pytest.approx(norm, rel=1e-10)
+
+
+def test_a_step_is_applied_at_its_rate_and_leaves_no_gradient(tmp_path, one_rank):
+    config, pairs = config_of(max_grad_norm=0.5, learning_rate=1.0), random_pairs(LENGTHS)
+    model, same = small_model(tmp_path), small_model(tmp_path)
+    losses = torch.stack([reference_loss(same, None, pair, config) for pair in pairs])
+    losses.mean().backward()
+    torch.nn.utils.clip_grad_norm_(same.parameters(), 0.5)
+    torch.optim.AdamW(same.parameters(), lr=1e-3, weight_decay=0.0).step()
+    train_step(model, make_optimizer(model, config), pairs, 1e-3, config)
+    for p, q in zip(model.parameters(), same.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("what", ["gradient", "reward"])
+def test_a_step_is_not_applied_if_a_gradient_or_a_result_alone_is_not_finite(what, tmp_path, one_rank, monkeypatch):
+    model, config, pairs = small_model(tmp_path), config_of(), random_pairs(LENGTHS)
+    if what == "gradient":
+        model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    else:
+        def infinite_rewards(*args):
+            losses, *rewards = pair_loss(*args)
+            return losses, *[reward * math.inf for reward in rewards]
+
+        monkeypatch.setattr(train, "pair_loss", infinite_rewards)
+    optimizer = make_optimizer(model, config)
+    before = [p.detach().clone() for p in model.parameters()]
+    outcome = train_step(model, optimizer, pairs, 1e-3, config)
+    assert not outcome.applied
+    assert math.isfinite(outcome.grad_norm) == (what != "gradient")
+    assert outcome.results.isfinite().all() == (what == "gradient")
+    assert all(map(torch.equal, model.parameters(), before)) and all(p.grad is None for p in model.parameters())
+    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in optimizer.state.values())
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -365,6 +418,51 @@ def test_accumulation_and_recomputation_give_the_same_run(run, tmp_path):
         assert b.get("micro_batches", 9) > 3 >= a.get("micro_batches", 1)
         for name in set(a) & {"loss", "grad_norm", "eval_loss", "eval_logps/chosen"}:
             assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+@pytest.fixture
+def short_config(tmp_path):
+    """A run of six steps of two pairs each."""
+    rows = [json.loads(line) for line in (TINY / "pairs.jsonl").read_text().splitlines()[:40]]
+    rows = [row for row in rows if max(row["all_rm_scores"]) > min(row["all_rm_scores"])][:14]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_config(tmp_path / "out", data=[str(tmp_path / "pairs.jsonl")], eval_pairs=2, pairs_per_step=2,
+                       max_steps=0, epochs=1)
+
+
+@pytest.mark.parametrize("bad_steps", [{1, 2, 4, 5}, {1, 2, 3}])
+def test_a_run_gives_up_after_steps_in_a_row_that_are_not_finite_and_not_after_as_many_apart(bad_steps, short_config,
+                                                                                             monkeypatch):
+    loss, steps = train.run_rows, []
+
+    def sometimes_nan(model, rows, config, grad_scale=None):
+        if grad_scale is None:
+            return loss(model, rows, config)
+        steps.append(len(steps) + 1)
+        return loss(model, rows, config, grad_scale) * (math.nan if steps[-1] in bad_steps else 1)
+
+    monkeypatch.setattr(train, "run_rows", sometimes_nan)
+    if bad_steps == {1, 2, 3}:
+        with pytest.raises(ValueError, match="step 3: 3 steps in a row were not finite"):
+            main(short_config)
+    else:
+        main(short_config)
+    skipped = [line["skipped"] for line in metrics_of_run(short_config.output) if "skipped" in line]
+    assert skipped == ([1, 2, 3] if bad_steps == {1, 2, 3} else [1, 2, 2, 3, 4, 4])
+
+
+def test_the_last_step_is_evaluated_once_and_saved_once(short_config, monkeypatch):
+    save, saved = train.save_checkpoint, []
+
+    def save_and_note(model, optimizer, progress, *rest):
+        saved.append(progress["step"])
+        return save(model, optimizer, progress, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_note)
+    evaluations = main(dataclasses.replace(short_config, eval_every=3, save_every=2))
+    lines = metrics_of_run(short_config.output)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6] == [e["step"] for e in evaluations]
+    assert saved == [2, 4, 6]
 
 
 @pytest.mark.parametrize("method", ["simpo", "dpo"])
