@@ -51,7 +51,7 @@ TARGETS = {
     "model.py": ("test_model.py", "not alone_in_an_empty and not copied_alone", None, "# --- Hugging Face"),
     "train.py": (
         "test_train.py", "step or packing or scoring or alpha_zero or dpo_starts or rate or warm_up or decayed or "
-        "logs or no_tensor or rank or work", {
+        "logs or no_tensor or rank or work or metrics or without_a_loss or gathered", {
             "pair_loss", "run_row", "head_and_loss", "run_rows", "train_step", "learning_rate", "make_optimizer",
             "score_pairs", "reference_logps", "metrics_of", "step_metrics", "work_of"}, None),
 }
@@ -160,7 +160,8 @@ class Mutate(ast.NodeVisitor):
             self.bound |= names
         elif isinstance(node, ast.Return) and node.value:
             self.replace(node.value, "None")
-        if isinstance(node, (ast.If, ast.While)):
+        # Of a comparison the opposite is made below, and `not` is dropped there.
+        if isinstance(node, (ast.If, ast.While)) and not isinstance(node.test, (ast.Compare, ast.UnaryOp)):
             self.replace(node.test, f"not ({self.code(node.test)})")
 
     def visit_FunctionDef(self, node):
@@ -227,7 +228,7 @@ class Mutate(ast.NodeVisitor):
             self.replace(node, repr(node.value + 1), f"({node.value - 1!r})")
 
     def visit_Name(self, node):
-        if node.id in NAMES:
+        if node.id in ("min", "max", "any", "all"):
             self.replace(node, NAMES[node.id])
 
     def visit_Attribute(self, node):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train
-from data.preference import load_pairs, pack
+from data.preference import PackedPairs, load_pairs, pack
 from checkpoint import claim_output
 from distributed import join_ranks
 from model import load_model
@@ -152,6 +153,113 @@ def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
     scores = run_row(model, row, config, grad_scale=1.0)
     assert scores[:, LOSS].tolist() == pytest.approx([math.log(2)] * len(pairs), rel=1e-12)
     assert scores[:, [CHOSEN_REWARD, REJECTED_REWARD]].abs().max() < 1e-12
+
+
+def test_a_method_without_a_loss_is_refused():
+    (pair,) = random_pairs(LENGTHS[:1])
+    config = dataclasses.replace(config_of(), method="ppo")
+    with pytest.raises(ValueError, match="method 'ppo' has no loss here"):
+        pair_loss(config, pair, torch.tensor([-1.0]), torch.tensor([-2.0]))
+
+
+def as_rank(rank, world, monkeypatch, all_reduce=None):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+
+
+@pytest.mark.parametrize("grad_scale", [None, 0.25])
+def test_each_rank_runs_its_own_rows_and_fillers_count_for_nothing(grad_scale, tmp_path, monkeypatch):
+    """Two ranks one after the other in this process: their gradients add up in .grad, as FSDP adds them."""
+    config, model = config_of(), small_model(tmp_path)
+    pairs = random_pairs([(5, 7, 3), (9, 2, 12), (3, 8, 8)])
+    rows = pack(pairs, 23, ranks=2)
+    assert [len(row.indices) for row in rows] == [1, 1, 1, 0]
+    whole_row, scales, synced = train.run_row, [], []
+
+    def noted_row(model, row, config, grad_scale=None):
+        scales.append(grad_scale)
+        return whole_row(model, row, config, grad_scale)
+
+    monkeypatch.setattr(train, "run_row", noted_row)
+    monkeypatch.setattr(train, "set_gradient_sync",
+                        lambda model, last_row, every_row: synced.append((last_row, every_row)))
+    own_results = []
+
+    def all_reduce(results):
+        own_results.append(results.clone())
+        results += 100
+
+    for rank in (0, 1):
+        as_rank(rank, 2, monkeypatch, all_reduce)
+        with torch.set_grad_enabled(grad_scale is not None):
+            assert torch.equal(train.run_rows(model, rows, config, grad_scale), own_results[rank] + 100)
+
+    losses = torch.stack([reference_loss(model, None, pair, config) for pair in pairs])
+    assert sum(own_results)[:, LOSS].tolist() == pytest.approx(losses.tolist(), rel=1e-10)
+    for rank, own in enumerate(own_results):
+        assert own.any(1).nonzero()[:, 0].tolist() == sorted(i for row in rows[rank::2] for i in row.indices)
+    if grad_scale is None:
+        assert scales == [None] * 4 and synced == []
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        assert scales == [0.25, 0.25, 0.25, 0.0] and synced == [(False, False), (True, False)] * 2
+        for p, grad in zip(model.parameters(), torch.autograd.grad(0.25 * losses.sum(), list(model.parameters()))):
+            assert (p.grad - grad).norm() <= 1e-10 * grad.norm()
+
+
+def test_scoring_gives_gathered_weights_up_at_its_end(tmp_path, one_rank, monkeypatch):
+    model, freed = small_model(tmp_path), []
+    monkeypatch.setattr(train, "forget_gathered_weights", freed.append)
+    train.score_pairs(model, random_pairs(LENGTHS), config_of())
+    assert freed == [model]
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+def test_metrics_of_results_are_means_of_their_columns():
+    results, start = torch.rand(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, chosen_reward, rejected_reward, chosen, rejected = results.mean(0).tolist()
+    names = {
+        "loss": loss, "rewards/chosen": chosen_reward, "rewards/rejected": rejected_reward,
+        "rewards/margins": chosen_reward - rejected_reward,
+        "rewards/accuracies": sum(row[1] > row[2] for row in results.tolist()) / 4,
+        "logps/chosen": chosen, "logps/rejected": rejected, "logps/margins": chosen - rejected}
+    moved = {
+        "displacement/chosen": chosen - start[:, 3].mean().item(),
+        "displacement/rejected": rejected - start[:, 4].mean().item(),
+        "displacement/fell": sum(a[3] < b[3] for a, b in zip(results.tolist(), start.tolist())) / 4}
+    assert train.metrics_of(results) == pytest.approx(names, abs=1e-12)
+    assert train.metrics_of(results, start) == pytest.approx(names | moved, abs=1e-12)
+
+
+def rows_of(*tokens):
+    """Rows of so many tokens; fillers are negative."""
+    return [PackedPairs(torch.zeros(abs(n)), [], [], [0] if n > 0 else []) for n in tokens]
+
+
+def test_the_work_of_a_step_is_counted_over_ranks_without_fillers(monkeypatch):
+    as_rank(0, 2, monkeypatch)
+    # Three rounds of two ranks. They wait for 4, 10 and 5 tokens.
+    work = train.work_of(rows_of(4, -9, 10, 6, 5, 1), seconds=0.5)
+    assert work == {"tokens": 26, "micro_batches": 3, "imbalance": 2 * (4 + 10 + 5) / 26, "tokens_per_second": 52}
+
+
+def test_a_step_is_logged_with_its_metrics_and_the_pairs_that_were_not_finite(monkeypatch):
+    as_rank(0, 1, monkeypatch)
+    run = SimpleNamespace(progress={"step": 7, "skipped": 2})
+    pairs = random_pairs(LENGTHS[:3])
+    results = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outcome = train.StepOutcome(results, rows_of(4, 10), 1.5, applied=True)
+    line = train.step_metrics(run, outcome, pairs, 1e-6, seconds=2)
+    assert line == train.metrics_of(results) | {
+        "step": 7, "grad_norm": 1.5, "learning_rate": 1e-6, "pairs": 3, "tokens": 14, "micro_batches": 2,
+        "imbalance": 1, "tokens_per_second": 7, "skipped": 2}
+    # A gradient that is not finite may be of any pair.
+    outcome = dataclasses.replace(outcome, grad_norm=math.inf, applied=False)
+    assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pair.source for pair in pairs]
+    results[1, CHOSEN_REWARD] = math.nan
+    assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pairs[1].source]
 
 
 # --- schedule and optimiser -----------------------------------------------------------------------------------------
