@@ -43,8 +43,8 @@ TARGETS = {
     "data/preference.py": ("test_preference.py", "not many_workers", None, "# --- a cache"),
     "model.py": (
         "test_model.py", "not cpu and not blocked and not error and (golden_values or equal_transformers or packing or "
-        "recompute or attention or logps or blocks or head or retained or bf16_states or any_size or a_block_of)",
-        None, "# --- Hugging Face"),
+        "recompute or attention or logps or logits or blocks or head or retained or bf16_states or any_size or "
+        "both_spellings)", None, "# --- Hugging Face"),
     "train.py": (
         "test_train.py", "step or packing or scoring or alpha_zero or dpo_starts or rate or warm_up or decayed or "
         "logs or no_tensor or rank or work or metrics or without_a_loss or gathered", {
