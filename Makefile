@@ -14,7 +14,7 @@ check: .venv/installed-tests    ## the linter: the rules of ruff.toml
 test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
 	.venv/bin/python -m pytest $(ARGS)
 
-mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice? 20 minutes on 2 cores
+mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)
 
 bench: .venv-bench/installed    ## measure against TRL and Liger, write the table: 30 minutes on 2 cores, 24 GB

@@ -43,7 +43,7 @@ TARGETS = {
     "data/preference.py": ("test_preference.py", "not many_workers", None, "# --- a cache"),
     "model.py": (
         "test_model.py", "not cpu and not blocked and not error and (golden_values or equal_transformers or packing or "
-        "recompute or attention or logps or logits or blocks or head or retained or bf16_states or any_size or "
+        "recompute or bf16 or attention or logps or logits or blocks or head or retained or any_size or "
         "both_spellings)", None, "# --- Hugging Face"),
     "train.py": (
         "test_train.py", "step or packing or scoring or alpha_zero or dpo_starts or rate or warm_up or decayed or "

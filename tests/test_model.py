@@ -226,6 +226,13 @@ def test_a_new_model_recomputes_nothing_and_computes_where_its_weights_are(folde
     assert model.recompute is False and model.device == torch.device("cpu")
     model.compute_device = torch.device("meta")
     assert model.device == torch.device("meta")
+    with pytest.raises(AttributeError):
+        model.config.window = 5                     # the layers have been made for another
+
+
+def test_bf16_weights_compute_in_bf16(folders):
+    with torch.no_grad():
+        assert load_model(folders["llama3"], torch.bfloat16)(TOKENS).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("recompute, runs", [(False, 1), (True, 2)])
@@ -328,6 +335,10 @@ def test_blocks_of_the_head_are_no_wider_than_the_limit_and_not_kept_unless_aske
         limit_logits(block, 2**28, monkeypatch)
         chunks = [chunk for chunk, *_ in model_py._vocabulary_chunks(states, weight, targets)]
         assert chunks == [slice(start, min(start + width, V)) for start in range(0, V, width)]
+    for limit, n_kept in ((14 * R - 1, 1), (14 * R, 2), (V * R, 4), (0, 0)):
+        limit_logits(7 * R, limit, monkeypatch)
+        _, _, kept = target_logps(states, weight, targets, keep=True)
+        assert [exps is not None for exps, _ in kept] == [True] * n_kept + [False] * (4 - n_kept)
     limit_logits(7, 2**28, monkeypatch)
     # One state, so that a block may be one number.
     for keep in (False, True):
