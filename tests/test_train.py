@@ -332,6 +332,7 @@ def test_a_step_is_not_applied_if_a_gradient_or_a_result_alone_is_not_finite(wha
     assert math.isfinite(outcome.grad_norm) == (what != "gradient")
     assert outcome.results.isfinite().all() == (what == "gradient")
     assert all(map(torch.equal, model.parameters(), before)) and all(p.grad is None for p in model.parameters())
+    assert len(optimizer.state) == len(before)
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in optimizer.state.values())
 
 
