@@ -1,5 +1,5 @@
-"""Losses and gradient norms of 50 steps against stored ones, so that no change alters the method unseen. In float64 they
-are the same to rounding on every machine.
+"""Losses and gradient norms of 50 steps against stored ones, so that no change alters the method unseen. In float64
+they are the same but for rounding on every machine.
 
     pytest tests/test_trajectory.py
     PYTHONPATH=. python tests/test_trajectory.py            # stores them anew, and says what changed
@@ -96,5 +96,6 @@ if __name__ == "__main__":
     if STORED.exists():
         old = json.loads(STORED.read_text())
         for method in STEPS:
-            print(f"{method}: largest relative difference from before {largest_difference(new[method], old[method]):.1e}")
+            change = largest_difference(new[method], old[method])
+            print(f"{method}: largest relative difference from before {change:.1e}")
     STORED.write_text(json.dumps(new, indent=1) + "\n")
