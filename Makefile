@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: help train check test bench
+.PHONY: help train check test soak bench
 
 help:           ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ check: .venv/installed-tests    ## the linter: the rules of ruff.toml
 
 test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
 	.venv/bin/python -m pytest $(ARGS)
+
+soak: .venv/installed           ## 2,000 steps: memory, time, metrics, learning rate; ARGS="--ranks 2"; 3 minutes
+	.venv/bin/python tests/soak.py $(ARGS)
 
 bench: .venv-bench/installed    ## measure against TRL and Liger, write the table: 30 minutes on 2 cores, 24 GB
 	.venv-bench/bin/python -m benchmarks.step
