@@ -132,7 +132,12 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        seen, status = watch(start_ranks(args.ranks, output))
+        ranks = start_ranks(args.ranks, output)
+        try:
+            seen, status = watch(ranks)
+        finally:
+            for p in ranks:
+                p.kill()
         if any(status):
             sys.exit(f"soak: the run ended with {status}")
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
