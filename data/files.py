@@ -1,6 +1,7 @@
 """Files of records: reading them in every usual form, and writing files whole.
 
     for source, record in read_records(["pairs.jsonl", "more.json.gz"]): ...
+    run = read_json("run.json")
     write_whole("scores.json", text)
 
 A file of records is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
@@ -13,22 +14,23 @@ A bad line (no JSON object, or one that its reader refuses) does not end the rea
 the end names the first ten and counts the others, so that a file can be put right in one go; or
 bad lines are dropped and counted.
 """
-import ctypes
 import gzip
 import io
 import itertools
 import json
-import math
 import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+
+from command import end_with_parent
 
 BAD_LINES_SHOWN = 10        # in the error; the others are counted
 LINES_PER_TASK = 256        # of a worker
@@ -136,6 +138,15 @@ def read_jsonl(path):
     return read_records([path])
 
 
+def read_json(path):
+    """The object that a JSON file holds. ValueError and OSError name the file and the field."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from e
+    return parse_line(path, content)
+
+
 def parse_line(source, line):
     """The record of a line (bytes). ValueError names the source."""
     try:
@@ -146,10 +157,10 @@ def parse_line(source, line):
 
 def parse_item(item):
     """The record of a line (bytes), or of an item that is parsed already. ValueError unless it is
-    an object of whole characters and finite numbers."""
+    an object of whole characters and finite numbers, with each name once."""
     # Items of arrays and of parquet are objects already.
     try:
-        record = json.loads(item.decode()) if isinstance(item, bytes) else item
+        record = parse_json(item.decode()) if isinstance(item, bytes) else item
         if not isinstance(record, dict):
             raise TypeError(f"expected a JSON object, found {record!r:.60}")
         _check_values(record, "")
@@ -159,13 +170,37 @@ def parse_item(item):
             f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of "
             "the line); if it is Latin-1 or Windows-1252, convert the file: "
             "iconv -f WINDOWS-1252 -t UTF-8") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"not valid JSON ({e})") from None
     except RecursionError:
         raise ValueError("nested too deep to be read") from None
     except TypeError as e:
         raise ValueError(str(e)) from None
     return record
+
+
+def parse_json(text):
+    """What a JSON text holds. ValueError if it is not valid, or an object has a name twice:
+    Python's json would drop all but the last."""
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not valid JSON ({e})") from None
+    except RecursionError:
+        raise ValueError("nested too deep to be read") from None
+
+
+def _named_once(items):
+    found = dict(items)
+    if len(found) < len(items):
+        (name, _), *_ = (Counter(name for name, _ in items)).most_common(1)
+        raise ValueError(f"has {name!r:.60} twice in one object; expected each name once")
+    return found
+
+
+def is_finite_number(value):
+    """Whether a value of a file is a finite number, that a float can hold. True and False are
+    none."""
+    # type() and not isinstance(): True and False are ints too.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _check_values(value, field):
@@ -180,10 +215,11 @@ def _check_values(value, field):
                     f"{field} holds half a surrogate pair ({value[e.start]!a} at character "
                     f"{e.start + 1}); expected whole characters (was it cut in the middle of an "
                     "emoji?)") from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected "
-                             "text, a finite number or null")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not is_finite_number(value):
+            found = json.dumps(value) if isinstance(value, float) else "a whole number over 1e308"
+            raise ValueError(f"{field} is {found}, which JSON does not have; expected text, a "
+                             "finite number or null")
     # Containers: the field is spelled as in jq, a.b[0].
     elif isinstance(value, dict):
         for name, inner in value.items():
@@ -265,11 +301,11 @@ def _is_indented(start):
 def _read_array(path, content):
     """Yields (source, item) of a JSON array, which can only be read whole."""
     try:
-        records = json.loads(content.decode("utf-8-sig"))      # -sig: past a byte-order mark
+        records = parse_json(content.decode("utf-8-sig"))       # -sig: past a byte-order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a valid JSON array ({e})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not a valid JSON array: {e}") from None
     for number, record in enumerate(records, 1):
         yield f"{path}: item {number}", record
 
@@ -352,10 +388,8 @@ def _begin_worker(use, at_work, parent):
 
     # Ctrl-C reaches all processes: the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)
+    # A parent that is killed leaves no workers behind.
+    end_with_parent(signal.SIGKILL)
     # The parent may have died before that.
     if os.getppid() != parent:
         os._exit(1)

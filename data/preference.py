@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data.dialogues import prompt_and_answers, prompt_turns
-from data.files import Dropped, read_records, written_whole
+from data.files import Dropped, is_finite_number, read_records, written_whole
 
 
 @dataclass
@@ -126,8 +126,7 @@ def are_finite_numbers(values):
     """Whether a value of a record is a list of finite numbers."""
     if not isinstance(values, list):
         return False
-    # type() and not isinstance(): True and False are ints too.
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return all(map(is_finite_number, values))
 
 
 def encode_pair(record, source, chat, max_length, max_prompt_length, as_it_stands=False):
