@@ -36,6 +36,24 @@ def load_judge(name):
     return getattr(module, function)
 
 
+def ask(judge, turns, answer):
+    """The score that a judge gives an answer, a finite float. ValueError tells what else it gave,
+    RuntimeError that it failed; the error of the judge itself is its cause."""
+    try:
+        score = judge(turns, answer)
+    except Exception as e:
+        raise RuntimeError(f"failed with {type(e).__name__}: {e}") from e
+    # Scalars of numpy and torch are numbers too, the text of a number is none.
+    is_number = hasattr(score, "__float__") and not isinstance(score, bool)
+    try:
+        number = float(score) if is_number else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"gave {score!r:.40}; expected a finite number")
+    return number
+
+
 class Judge:
     """Samples an answer to each of N held-out prompts and scores it.
 
