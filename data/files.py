@@ -27,7 +27,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from command import end_with_parent
@@ -433,6 +433,19 @@ def write_whole(path, text):
     """Writes a text file so that it is never seen half-written."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_whole(path, text):
+    """Appends text to a file: all of it, or nothing and an OSError that names the file."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        # Half a line would be joined to the next one.
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise OSError(f"{path}: cannot be written ({e})") from e
 
 
 def write_records(path, records):
