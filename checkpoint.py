@@ -239,8 +239,8 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
     writing = folder.with_suffix(".incomplete")
 
     def prepare():
-        check_space(model, config, output, last)
         shutil.rmtree(writing, ignore_errors=True)      # of a run that was killed here
+        check_space(model, config, output, last)
 
     def complete():
         # A checkpoint alone says how to repeat the run.
@@ -251,9 +251,9 @@ def save_checkpoint(model, optimizer, progress, config, output, last):
             folder.rename(folder.with_suffix(".replaced.incomplete"))
         writing.rename(folder)
 
+    from_rank_0(prepare)
     try:
         # 1. Everything, under the name that says it is incomplete.
-        from_rank_0(prepare)
         dtype = getattr(torch, config.save_dtype, None)
         save_model(model, writing, like=config.model, dtype=dtype)
         if not last:
