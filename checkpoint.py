@@ -179,8 +179,8 @@ def newest_checkpoint(output, last_step):
     together."""
     whole = from_rank_0(lambda: _whole_checkpoints(output))
     for step, folder in sorted(whole.items(), reverse=True):
-        fault = from_rank_0(lambda: _missing(folder, step == last_step))
-        if fault is None and (folder / "train_state").exists():
+        fault, goes_on = from_rank_0(lambda: _look_at(folder, step == last_step))
+        if goes_on:
             fault = damage(folder / "train_state")
         if fault is None:
             return step, folder
@@ -199,14 +199,14 @@ def _whole_checkpoints(output):
     return whole
 
 
-def _missing(folder, is_last):
-    """What a checkpoint lacks to be gone on from, in words. None if nothing."""
+def _look_at(folder, is_last):
+    """(what a checkpoint lacks, in words, or None; whether it has a train_state to go on from)."""
     if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
-        return "it has no model in it"
+        return "it has no model in it", False
     # torch.distributed.checkpoint writes .metadata last, and finish_checkpoint removes it first.
-    if not (folder / "train_state" / ".metadata").exists() and not is_last:
-        return "it has no train_state in it"
-    return None
+    if (folder / "train_state" / ".metadata").exists():
+        return None, True
+    return None if is_last else "it has no train_state in it", False
 
 
 def checkpoints(output):
@@ -275,7 +275,7 @@ def finish_checkpoint(folder):
     only."""
     state = folder / "train_state"
     if state.exists():
-        (state / ".metadata").unlink(missing_ok=True)       # half of it is none: see _missing
+        (state / ".metadata").unlink(missing_ok=True)       # half of it is none: see _look_at
         shutil.rmtree(state)
 
 
