@@ -220,7 +220,9 @@ class BytePairTokenizer(Tokenizer):
         self.pattern = pattern
         self.normal_form = normal_form
         self.bytes_of = {i: token for token, i in ranks.items()}
-        self.length_of = {i: len(token) for token, i in ranks.items()}
+        self.length_of = [0] * (1 + max(ranks.values()))
+        for token, i in ranks.items():
+            self.length_of[i] = len(token)
 
         # tiktoken wants an id for every byte. Those that the vocabulary lacks get ids past its
         # end, by which encode_run knows them.
@@ -250,7 +252,7 @@ class BytePairTokenizer(Tokenizer):
             raise
         try:
             length = sum(map(self.length_of.__getitem__, ids))
-        except KeyError:
+        except IndexError:
             # The tokenizers library drops such bytes silently.
             raise ValueError(f"text holds a character whose bytes are not in the vocabulary: "
                              f"{text[:80]!r}") from None
@@ -494,6 +496,8 @@ LLAMA3_SPECIAL = [
 ]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
 
+MAX_ID = 2**24          # of a token: past any vocabulary, and lists of so many fit in memory
+
 # The tokens that transformers' classes have where tokenizer_config.json does not name them.
 CLASS_TOKENS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -679,7 +683,7 @@ def _added_tokens(folder, settings, spec):
 def _check_numbering(path, spec):
     """ValueError unless transformers gives all tokens of tokenizer.json the ids that it says."""
     vocab = (spec.get("model") or {}).get("vocab") or {}
-    possible = all(type(i) is int and 0 <= i < 2**31 for i in vocab.values())
+    possible = all(type(i) is int and 0 <= i < MAX_ID for i in vocab.values())
     if not possible or len(set(vocab.values())) < len(vocab):
         raise ValueError(f"{path}: the ids of its vocabulary are not different numbers from 0 on; "
                          "the file is damaged, fetch it again")
@@ -698,7 +702,7 @@ def _check_numbering(path, spec):
 
 def _check_added_token(path, name, i, flags):
     """ValueError unless an added token has a name, an id, and flags that are true or false."""
-    if not isinstance(name, str) or not name or type(i) is not int or not 0 <= i < 2**31:
+    if not isinstance(name, str) or not name or type(i) is not int or not 0 <= i < MAX_ID:
         raise ValueError(f"{path}: added token {name!r:.60} with id {i!r:.60}; expected a name and "
                          "a number from 0 on")
     for flag in ("special", "normalized", "lstrip", "rstrip", "single_word"):
@@ -789,15 +793,10 @@ def _read_tokenizer_json(path, spec, added):
 
     # A merge is ["a", "b"], or "a b" in older files.
     merges = []
-    vocab = model["vocab"]
     for merge in model["merges"]:
         if isinstance(merge, str):
             merge = merge.split(" ")
-        left, right = merge
-        if not (left in vocab and right in vocab and left + right in vocab):
-            raise ValueError(f"{path}: merge {merge!r:.80} of tokens that its vocabulary lacks; "
-                             "the file is damaged, fetch it again")
-        merges.append((left, right))
+        merges.append(merge)
 
     if model.get("byte_fallback"):
         return _read_byte_fallback(path, spec, merges, added)
@@ -814,12 +813,12 @@ def _read_byte_level(path, spec, merges, added):
     # The vocabulary may list added tokens by name; all others are spelled bytes.
     vocab = spec["model"]["vocab"]
     byte_of = _byte_alphabet()
+    spelled = {}
     ranks = {}
-    bytes_of = {}
     for token, i in vocab.items():
         if token not in added.special and token not in added.words:
-            bytes_of[token] = bytes(byte_of[c] for c in token)
-            ranks[bytes_of[token]] = i
+            spelled[token] = i
+            ranks[bytes(byte_of[c] for c in token)] = i
 
     # The file says to merge the pair that is listed first, tiktoken merges the pair whose result
     # has the lowest id: the same only if results are listed in the order of their ids. (A result
@@ -828,75 +827,67 @@ def _read_byte_level(path, spec, merges, added):
     if sorted(results) != results:
         raise ValueError(f"{path}: merges are not in the order of the vocabulary; this vocabulary "
                          "cannot be read exactly")
-    listed = {}                 # {token: pairs whose merge makes it}
-    for left, right in merges:
-        if left in bytes_of and right in bytes_of and left + right in bytes_of:
-            pair = (bytes_of[left], bytes_of[right])
-            listed.setdefault(bytes_of[left + right], []).append(pair)
-    _check_merges(path, ranks, listed, spec["model"].get("ignore_merges") is True)
+    _check_merges(path, spelled, merges, spec["model"].get("ignore_merges") is True)
     return BytePairTokenizer(ranks, pattern, added.special, added.bos, added.eos, normalizer,
                              added.words)
 
 
-def _check_merges(path, ranks, listed, ignore_merges):
-    """ValueError unless tiktoken, which knows the ranks alone, merges what the file lists.
+def _check_merges(path, ids, merges, ignore_merges):
+    """ValueError unless tiktoken, which knows the ids alone, merges what the file lists.
 
-    ranks: {bytes: id}. listed: {bytes: pairs of bytes whose merge makes it}. ignore_merges: whether
-    a piece of text that is a token becomes that token even where merging does not lead to it, as it
-    does in tiktoken.
+    ids: {token: id}, a character for each byte. merges: pairs of tokens in the order of the ids of
+    their results. ignore_merges: whether a piece of text that is a token becomes that token even
+    where merging does not lead to it, as it does in tiktoken.
 
     tiktoken makes a token of two others wherever they stand side by side. Yet it comes to each in
     one way only: what happens to the bytes of a token before it is there is what happens to them
     alone. So the two parts that are left of them then have to be listed, and no others matter.
     """
-    # {token: its two parts}, where both are in here too, that is have lower ids or are bytes.
-    halves = {token: None for token in ranks if len(token) == 1}
-    for token in sorted(ranks, key=ranks.get):
-        if token in halves:
-            continue
-        pairs = listed.get(token, ())
-        for left, right in pairs:
-            if left in halves and right in halves and _ends_with(left, right, ranks, halves):
-                halves[token] = (left, right)
-                break
-        if token in halves:
-            continue
+    # {token: (these two parts, its id)}. The parts are in here too, that is have lower ids, or are
+    # bytes, which have no parts.
+    halves = {token: (None, None, -1) for token in ids if len(token) == 1}
+    for left, right in merges:
+        token = left + right
+        if token not in halves and left in halves and right in halves and token in ids:
+            if _ends_with(left, right, ids, halves):
+                halves[token] = (left, right, ids[token])
 
-        # The listed pairs are not known to be those parts: merge the bytes.
+    # Of these few the listed pairs are not known to be the parts: merge their bytes.
+    unknown = ids.keys() - halves.keys()
+    listed = {tuple(pair) for pair in merges} if unknown else set()
+    for token in unknown:
         def rank_of(pair):
-            return ranks.get(pair[0] + pair[1]) if pair[0] + pair[1] != token else None
+            return ids.get(pair[0] + pair[1]) if pair[0] + pair[1] != token else None
 
-        parts = tuple(merge_pairs([bytes([b]) for b in token], rank_of))
+        parts = tuple(merge_pairs(token, rank_of))
         reached = len(parts) == 2
-        if not token or (reached and parts not in pairs) or not (reached or ignore_merges):
+        if not token or (reached and parts not in listed) or not (reached or ignore_merges):
             raise ValueError(f"{path}: merging leads to {parts!r:.80} for the token {token!r:.60}, "
-                             f"and the file lists {pairs!r:.80}; this vocabulary cannot be read "
+                             "of which the file lists no merge; this vocabulary cannot be read "
                              "exactly")
-        if reached and parts[0] in halves and parts[1] in halves:
-            halves[token] = parts
 
 
-def _ends_with(left, right, ranks, halves):
+def _ends_with(left, right, ids, halves):
     """Whether merging the bytes of left + right, without the merge of these two, ends with them.
 
     It undoes the merges beside the border, the latest first. A pair across the border must not
     come before the merge that took one of the two away.
     """
-    limit = ranks[left + right]
-    while True:
-        if ranks.get(left + right, limit) < limit:
-            return False
-        left_rank = ranks[left] if halves[left] else -1
-        right_rank = ranks[right] if halves[right] else -1
-        if left_rank > right_rank:
-            limit = left_rank
-            left = halves[left][1]
-        elif halves[right]:
-            # At the same rank the pair across, which is further left, comes first.
-            limit = right_rank + 1
-            right = halves[right][0]
+    _, left_end, left_id = halves[left]
+    right_start, _, right_id = halves[right]
+    while left_id >= 0 or right_id >= 0:
+        if left_id > right_id:
+            limit = left_id
+            left = left_end
+            _, left_end, left_id = halves[left]
         else:
-            return True
+            # At the same id the pair across, which is further left, comes first.
+            limit = right_id + 1
+            right = right_start
+            right_start, _, right_id = halves[right]
+        if ids.get(left + right, limit) < limit:
+            return False
+    return True
 
 
 # What the regular expressions of the tokenizers library (Oniguruma's) and of tiktoken (Rust's) have
@@ -1003,6 +994,10 @@ def _read_byte_fallback(path, spec, merges, added):
                          f"(normalizer {normalizer}, pre_tokenizer {pre_tokenizer}, "
                          f"{len(missing)} bytes without a token); fetch tokenizer.model of the "
                          "same model, if it has one, and move this file away")
+    for left, right in merges:
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise ValueError(f"{path}: merges {left!r:.40} and {right!r:.40}, which its vocabulary "
+                             "lacks, or their sum; the file is damaged, fetch it again")
     return CharacterPairTokenizer(vocab, merges, added.special, added.words, added.bos, added.eos,
                                   prepend_scheme, added.whole)
 
@@ -1673,7 +1668,7 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
     if not isinstance(ends, list):
         ends = [ends]
     for i in ends:
-        if type(i) is not int or not 0 <= i < 2**31:
+        if type(i) is not int or not 0 <= i < MAX_ID:
             raise ValueError(f"{folder}/generation_config.json: eos_token_id = {ends!r:.60}; "
                              "expected an id or a list of ids")
     chat.stop_ids |= set(ends)
