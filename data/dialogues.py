@@ -308,8 +308,9 @@ def checked_text(text, field, as_it_stands=False):
         if start is not None:
             # A laid-out answer may hold the whole dialogue; the prompt has to be a column then too.
             beside = ", beside a prompt," if field in ("chosen", "rejected") else ""
+            found = text[start:].strip()[:40]
             raise ValueError(
-                f"{field} is laid out already as {name} ({text[start:].strip()[:40]!r} ...); expected "
+                f"{field} is laid out already as {name} ({found!r} ...); expected "
                 "bare text or a list of turns, for the model's own chat format goes around it. "
                 f"Bring it into turns, or{beside} --as_it_stands takes it as it stands")
     return text
