@@ -172,10 +172,9 @@ def draw_judge(panel, lines, color):
 
 # --- drift ----------------------------------------------------------------------------------------
 
-def drift(file):
-    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
-    a line joins the means at each learning rate."""
-    # A label is a method or an alpha; each has a color.
+def read_drift(file):
+    """The runs of a file of experiments/alpha.py, as a list for each label: a method or an alpha.
+    ValueError if there are none, or they lack a number."""
     records_by_label = {}
     for source, record in read_jsonl(file):
         label = record.get("label")
@@ -185,7 +184,15 @@ def drift(file):
         records_by_label.setdefault(label, []).append(record)
     if not records_by_label:
         raise ValueError(f"{file}: no runs; expected a file of experiments/alpha.py")
+    return records_by_label
 
+
+def drift(file):
+    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
+    a line joins the means at each learning rate."""
+    records_by_label = read_drift(file)
+
+    # Each label has a color.
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
     for label, records in records_by_label.items():
         alpha = records[0]["alpha"]
