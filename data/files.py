@@ -33,6 +33,7 @@ from pathlib import Path
 from command import end_with_parent
 
 BAD_LINES_SHOWN = 10        # in the error; the others are counted
+MAX_DEPTH = 100             # of objects and lists in each other; Python's own limits vary
 LINES_PER_TASK = 256        # of a worker
 TASKS_PER_WORKER = 4        # handed out and not yet done; this bounds the memory
 
@@ -140,11 +141,7 @@ def read_jsonl(path):
 
 def read_json(path):
     """The object that a JSON file holds. ValueError and OSError name the file and the field."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as e:
-        raise OSError(f"{path}: cannot be read ({e})") from e
-    return parse_line(path, content)
+    return parse_line(path, read_bytes(path))
 
 
 def parse_line(source, line):
@@ -203,9 +200,11 @@ def is_finite_number(value):
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _check_values(value, field):
+def _check_values(value, field, depth=0):
     """ValueError that names the field of a record which holds half a surrogate pair, or a number
     that is not finite. Python's json reads both, but neither UTF-8 nor JSON has them."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep to be read")
     if isinstance(value, str):
         if not value.isascii():     # which is fast, and mostly so
             try:
@@ -224,10 +223,10 @@ def _check_values(value, field):
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_values(name, f"a name in {field or 'the row'}")
-            _check_values(inner, f"{field}.{name}" if field else name)
+            _check_values(inner, f"{field}.{name}" if field else name, depth + 1)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            _check_values(inner, f"{field}[{i}]")
+            _check_values(inner, f"{field}[{i}]", depth + 1)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -264,10 +263,26 @@ def read_items(path):
         raise ValueError(f"{path}: cannot be read ({e})") from None
 
 
+def read_bytes(path):
+    """What a file holds. OSError names it."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as f:
+            return f.read()
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from e
+
+
+def _without_waiting(path, flags):
+    """Opens a file. A pipe that nobody writes to would be waited for without end: it is empty."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(fd, True)
+    return fd
+
+
 def _unpacked(path):
     """A file opened past its compression, whose first HEAD bytes can be looked at."""
     # The buffer is what peek() looks into.
-    f = open(path, "rb", buffering=HEAD)
+    f = open(path, "rb", buffering=HEAD, opener=_without_waiting)
     if f.peek(2).startswith(b"\x1f\x8b"):       # gzip
         return io.BufferedReader(gzip.open(f), HEAD)
     return f
@@ -324,12 +339,22 @@ def _read_parquet(path):
                              "expected text: cast the column to string")
         return str(value)       # dates and the like
 
+    def rows():
+        # pyarrow's errors are of many kinds, and few of them name the file.
+        try:
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"two columns of one name among {names!r:.80}")
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+        except Exception as e:
+            raise ValueError(
+                f"{path}: cannot be read as parquet ({e}); fetch or make it again") from e
+
     # Through JSON and back: a record is what it would be in a file of JSON Lines.
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}: item {number}", json.loads(json.dumps(record, default=as_text))
+    for number, record in enumerate(rows(), 1):
+        yield f"{path}: item {number}", json.loads(json.dumps(record, default=as_text))
 
 
 # --- forked workers -------------------------------------------------------------------------------
@@ -407,32 +432,59 @@ def _work(lines, slot):
 
 # --- writing --------------------------------------------------------------------------------------
 
+def check_output(path, *inputs):
+    """Before long work: ValueError or OSError unless a file can be written at `path`, which is none
+    of the inputs under any name. Says so if it would replace one."""
+    for file in inputs:
+        if os.path.isfile(path) and os.path.exists(file) and os.path.samefile(path, file):
+            raise ValueError(f"{path}: input and output are one file; expected two")
+    # What is there stays as it is: only the temporary file is tried.
+    with _temporary_file(path) as temporary:
+        if temporary != Path(path):
+            open(temporary, "wb").close()
+    if os.path.isfile(path):
+        print(f"output   replaces {path}")
+
+
 @contextmanager
 def written_whole(path):
     """Gives a temporary name beside `path` to write to. What was written gets its own name at the
     end; after an error there is nothing of it. So a file is whole or absent under its name,
-    whenever the process is killed."""
-    path = Path(path)
-    # Devices and pipes (/dev/stdout) cannot be replaced.
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    # A link stays a link: what it points to is replaced.
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    whenever the process is killed. OSError names the file."""
+    with _temporary_file(path) as temporary:
         yield temporary
-        temporary.replace(path)
+        if temporary != Path(path):
+            # A link stays a link: what it points to is replaced.
+            temporary.replace(os.path.realpath(path))
+
+
+@contextmanager
+def _temporary_file(path):
+    """Gives the name that stands for `path` while it is written, and removes that file at the end.
+    It is `path` itself if that is a device or a pipe (/dev/stdout), which cannot be replaced."""
+    temporary = None
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("a folder; expected the name of a file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            yield Path(path)
+        else:
+            real = Path(os.path.realpath(path))
+            temporary = real.with_name(f"{real.stem}.{os.getpid()}.tmp{real.suffix}")
+            yield temporary
     except OSError as e:
         raise OSError(f"{path}: cannot be written ({e})") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_whole(path, text):
     """Writes a text file so that it is never seen half-written."""
+    # Half a surrogate (in the name of a folder that is not UTF-8) becomes its escape in JSON.
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def append_whole(path, text):

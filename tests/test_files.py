@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -55,8 +55,10 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
         list(read_records([path]))
 
     class ParquetFile:
-        def __init__(self, file):
-            assert file == path
+        schema_arrow = SimpleNamespace(names=["prompt", "n"])
+
+        def __init__(self, file, page_checksum_verification):
+            assert file == path and page_checksum_verification
 
         def iter_batches(self):
             return [self, self]
