@@ -7,9 +7,11 @@
 A Judge shows during training whether sampled answers to held-out prompts get better, and not just
 the loss. score.py scores files of answers with the same functions.
 """
-import importlib.util
 import math
+import traceback
+import types
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from data.files import is_finite_number, read_jsonl, write_records
@@ -24,16 +26,29 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95, "batch_size": 64}
 def load_judge(name):
     """The function that FILE.py:FUNCTION names. ValueError if there is none."""
     file, _, function = name.rpartition(":")
-    # Not named "judge", because this module is.
-    spec = importlib.util.spec_from_file_location("judge_of_a_run", file)
-    if spec is None or not Path(file).is_file():
+    if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(f"judge = {name!r}; expected a Python file and a function in it, "
                          "FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Run from its text: Python's cache of compiled files may hold another one of the same second.
+    # Not named "judge", because this module is.
+    module = types.ModuleType("judge_of_a_run")
+    module.__file__ = file
+    try:
+        exec(compile(Path(file).read_bytes(), file, "exec"), vars(module))
+    # A file that calls sys.exit would end the command in silence.
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"judge = {name!r}: {file} cannot be loaded, it failed with "
+                         f"{type(e).__name__}: {e}{_line_in(file, e)}") from e
     if not callable(getattr(module, function, None)):
         raise ValueError(f"judge = {name!r}: {file} has no function {function}")
     return getattr(module, function)
+
+
+def _line_in(file, error):
+    """ " (FILE.py, line N)" of the last line of a file that an error passed through, if any."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == file]
+    return f" ({file}, line {lines[-1]})" if lines else ""      # a SyntaxError says it itself
 
 
 def ask(judge, turns, answer):
@@ -44,14 +59,17 @@ def ask(judge, turns, answer):
         score = judge([dict(turn) for turn in turns], answer)
     except (Exception, SystemExit) as e:
         raise RuntimeError(f"failed with {type(e).__name__}: {e}") from e
-    # Scalars of numpy and torch are numbers too, the text of a number is none.
-    is_number = hasattr(score, "__float__") and not isinstance(score, bool)
-    try:
-        number = float(score) if is_number else math.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
+    # Scalars of numpy and torch are numbers too, the text of a number is none. An object may raise
+    # anything, and Python does not spell whole numbers of more than 4,300 digits.
+    found = f"an object of {type(score).__name__}"
+    number = math.nan
+    with suppress(Exception):
+        found = f"{score!r:.40}"
+    with suppress(Exception):
+        if hasattr(score, "__float__") and not isinstance(score, bool):
+            number = float(score)
     if not math.isfinite(number):
-        raise ValueError(f"gave {score!r:.40}; expected a finite number")
+        raise ValueError(f"gave {found}; expected a finite number")
     return number
 
 

@@ -2,11 +2,16 @@
 
     pytest tests/test_score.py
 """
+import fcntl
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +205,15 @@ def half(turns, answer): return len(turns[-1]["content"] + answer) / 2
 def word(turns, answer): return "good"
 def nan(turns, answer): return float("nan")
 def broken(turns, answer): return answer.index("?")
+def none(turns, answer): return None
+def yes(turns, answer): return True
+def huge(turns, answer): return 10 ** 400
+def endless(turns, answer): return 10 ** 5000
+def leaves(turns, answer): raise SystemExit(0)
+def things(turns, answer): return Thing()
+class Thing:
+    def __float__(self): raise KeyError
+    def __repr__(self): raise KeyError
 number = 1
 """
 ROW = {"prompt": "q", "all_generated_responses": ["a", "bcd"], "id": 7}
@@ -220,14 +234,21 @@ def job(tmp_path):
     return job
 
 
+def without_digests(row):
+    """A scored line with the names of its scorers as they were given."""
+    names = [re.fullmatch("(.*) [0-9a-f]{8}", name)[1] for name in row["scorers"]]
+    return row | {"scorers": names}
+
+
 def test_a_judge_adds_its_scores_to_a_line(job, capsys):
     scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
-    assert job([ROW], "length") == [scored]
-    assert "judge.py:length: mean 2, standard deviation 1, 1 to 3" in capsys.readouterr().out
+    (row,) = job([ROW], "length")
+    assert without_digests(row) == scored
+    assert f"{row['scorers'][0]}: mean 2, standard deviation 1, 1 to 3" in capsys.readouterr().out
 
 
 def test_several_scorers_keep_their_scores_beside_the_mean(job):
-    assert job([ROW], "length", "half") == [ROW | {
+    assert [without_digests(row) for row in job([ROW], "length", "half")] == [ROW | {
         "all_rm_scores": [1.0, 2.5], "all_scorer_scores": [[1.0, 3.0], [1.0, 2.0]],
         "scorers": ["judge.py:length", "judge.py:half"]}]
 
@@ -242,14 +263,14 @@ def test_a_judge_and_a_reward_model_score_together(job, scalar, tmp_path):
     assert row["all_scorer_scores"][1] == pytest.approx(expected, abs=1e-5)
     means = [(len(a) + r) / 2 for a, r in zip(ANSWERS, expected)]
     assert row["all_rm_scores"] == pytest.approx(means, abs=1e-5)
-    assert row["scorers"] == ["judge.py:length", scalar[0].name]
+    assert without_digests(row)["scorers"] == ["judge.py:length", scalar[0].name]
 
 
 def test_earlier_scores_and_pairs_are_replaced_and_counted(job, capsys):
     before = ROW | {"all_rm_scores": [9, 1], "chosen": "a", "rejected": "bcd",
                     "all_scorer_scores": [[9, 1], [9, 1]]}
     scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
-    assert job([before, ROW], "length") == [scored] * 2
+    assert [without_digests(row) for row in job([before, ROW], "length")] == [scored] * 2
     assert "1 had been scored or paired before, which is replaced" in capsys.readouterr().out
 
 
@@ -269,7 +290,7 @@ def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys)
     rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)]
     rows += [ROW | {"all_generated_responses": ["a?", "b"]}]
     partial = job.output.with_name("out.jsonl.partial")
-    with pytest.raises(RuntimeError, match="failed on answer 2"):
+    with pytest.raises(RuntimeError, match="answer 2: failed with ValueError"):
         job([ROW | {"all_generated_responses": ["a?", "b?"]}, rows[-1]], "broken")
     assert not job.output.exists() and len(partial.read_text().splitlines()) == 1
     partial.unlink()
@@ -281,6 +302,7 @@ def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys)
     partial.write_text("".join(lines[:whole_lines]) + lines[whole_lines][:cut])
     assert job(rows, "length") == whole and not partial.exists()
     assert ("2 of 5 lines are scored already" in capsys.readouterr().out) == (whole_lines == 2)
+    job.output.unlink()
     partial.write_text(lines[0])
     with pytest.raises(ValueError, match="out.jsonl.partial:1: found another line than"):
         job(rows, "half")
@@ -312,15 +334,18 @@ def test_a_malformed_line_is_named_before_anything_is_scored(row, message, job):
 
 
 def test_what_a_judge_gets_wrong_is_named(job):
-    with pytest.raises(ValueError, match="in.jsonl:1: judge .*:word gave answer 1 'good'; "
-                                         "expected a number"):
-        job([ROW], "word")
-    with pytest.raises(ValueError, match=r"in.jsonl:1: scores \[\[nan, nan\]\] are not all finite"):
-        job([ROW], "nan")
-    with pytest.raises(RuntimeError, match="judge .*:broken failed on answer 1") as caught:
-        job([ROW], "broken")
-    assert isinstance(caught.value.__cause__, ValueError)
-    assert caught.value.__notes__[0].endswith("in.jsonl:1")
+    for judge, found in (("word", "'good'"), ("nan", "nan"), ("none", "None"), ("yes", "True"),
+                         ("huge", "1000000"), ("endless", "an object of int"),
+                         ("things", "an object of Thing")):
+        with pytest.raises(ValueError, match=f"in.jsonl:1: judge .*:{judge}, answer 1: gave {found}.*; "
+                                             "expected a finite number"):
+            job([ROW], judge)
+    for judge, reason in (("broken", "ValueError: substring"), ("leaves", "SystemExit: 0")):
+        with pytest.raises(RuntimeError, match=f"judge .*:{judge}, answer 1: failed with {reason}") as caught:
+            job([ROW], judge)
+        assert isinstance(caught.value.__cause__, ValueError | SystemExit)
+        assert caught.value.__notes__[0].endswith("in.jsonl:1")
+    assert not job.output.exists()
 
 
 @pytest.mark.parametrize("name, message", [
