@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: help train check test bench
+.PHONY: help train check test mutants bench
 
 help:           ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ check: .venv/installed-tests    ## the linter: the rules of ruff.toml
 
 test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
 	.venv/bin/python -m pytest $(ARGS)
+
+mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice? 20 minutes on 2 cores
+	.venv/bin/python tests/mutants.py $(ARGS)
 
 bench: .venv-bench/installed    ## measure against TRL and Liger, write the table: 30 minutes on 2 cores, 24 GB
 	.venv-bench/bin/python -m benchmarks.step

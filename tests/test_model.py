@@ -330,6 +330,36 @@ def test_the_head_adds_the_gradient_of_all_groups_as_autograd_has_it(blocks, fol
     torch.testing.assert_close(grad_weight - 1, by_autograd[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("levels", [
+    (-200, -200, -200), (0, -100, -300), (-300, -100, 0), (-200, 0, -95), (150, 0, 150)])
+def test_logits_of_any_size_neither_overflow_nor_vanish(levels, monkeypatch):
+    """Three blocks of 7 tokens, whose logits lie about these levels. exp(89) and exp(-104) are beyond fp32."""
+    limit_logits(R * 7, R * 7, monkeypatch)
+    states, weight, _ = head(torch.float32, vocab=21)
+    with torch.no_grad():
+        states[:, 0] = 1
+        weight[:, 0] = torch.tensor(levels).repeat_interleave(7)
+    for targets in (torch.arange(R), torch.arange(R) + 21 - R):
+        logps = TargetLogps.apply(states, weight, targets)
+        exact = [x.detach().double().requires_grad_() for x in (states, weight)]
+        expected = (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(R), targets]
+        torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-4)      # fp32 at 300
+        for grad, by_autograd in zip(head_gradients(logps, states, weight), head_gradients(expected, *exact)):
+            torch.testing.assert_close(grad.double(), by_autograd, rtol=1e-3, atol=0.05)
+
+
+def test_gradients_of_bf16_states_are_summed_over_blocks_in_fp32(monkeypatch):
+    # 600 blocks that add the same to a gradient: a sum in bf16 stays as it is from the 256th on.
+    limit_logits(R, 0, monkeypatch)
+    states, weight = torch.zeros(R, 2, dtype=torch.bfloat16), torch.ones(600, 2, dtype=torch.bfloat16)
+    targets = torch.full((R,), 599)
+    logps, *kept = target_logps(states, weight, targets, keep=True)
+    grad_weight = torch.zeros_like(weight)
+    # The target's weight is taken once and all 600 are given back, each times its probability.
+    grad_states = target_logps_backward(torch.ones(R), states, weight, targets, *kept, grad_weight)
+    assert grad_states.dtype == torch.bfloat16 and grad_states.abs().max() <= 0.01
+
+
 def test_a_retained_graph_gives_the_same_gradient_again(blocks):
     states, weight, targets = head()
     logps = TargetLogps.apply(states, weight, targets)

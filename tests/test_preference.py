@@ -84,13 +84,19 @@ def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
         fine | {"rejected": ""},
         fine | {"prompt": "q" * 49}, fine | {"prompt": "q" * 48},       # 51 and 50 tokens
         # 101 and 100 tokens as a sequence
-        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96},
+        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96}, fine | {"rejected": "a" * 97},
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
     assert dropped == {"answers that differ only in white space, which the chat format strips": 1,
                        "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
-                       "prompt with response over max_length = 100": 1, "all scores equal": 1}
+                       "prompt with response over max_length = 100": 2, "all scores equal": 1}
+
+
+def test_of_equally_good_and_of_equally_bad_answers_the_first_is_taken():
+    row = {"prompt": "q", "all_generated_responses": list("abcdefg"), "all_rm_scores": [1, 3, 0, 3.0, 2, 0, 1]}
+    _, chosen, rejected = parse_record(row)
+    assert (chosen, rejected) == ("b", "c")
 
 
 BAD_ROWS = {
@@ -118,6 +124,8 @@ BAD_ROWS = {
                                  "all_rm_scores": [1]},
     "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"],
                                "all_rm_scores": [1, "2"]},
+    "all_rm_scores; expected a list of finite numbers": {
+        "prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [0, True]},
     "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q",
                                                           "all_generated_responses": ["a", "b"],
                                                          "all_rm_scores": [1, math.nan]},
@@ -229,6 +237,12 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert steps != epoch_steps(100, 32, seed=4, epoch=1)
     flat = lambda steps: [i for step in steps for i in step]
     assert flat(steps) == flat(epoch_steps(100, 7, seed=3, epoch=1))
+
+
+def test_the_order_is_numpys_permutation_of_seed_and_epoch_which_are_no_sum():
+    (order,) = epoch_steps(100, 100, seed=3, epoch=1)
+    assert order == np.random.default_rng([3, 1]).permutation(100).tolist()
+    assert epoch_steps(100, 100, seed=2, epoch=2) != [order] != epoch_steps(100, 100, seed=1, epoch=3)
 
 
 def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
