@@ -2,16 +2,12 @@
 
     pytest tests/test_score.py
 """
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
