@@ -32,8 +32,9 @@ import torch.distributed.checkpoint as dcp
 
 from command import lock
 from data.files import append_whole, is_finite_number, parse_line, read_json, write_whole
+from data.preference import content_hash
 from distributed import from_all_ranks, from_rank_0, say
-from model import checkpoint_tensors, save_model
+from model import checkpoint_tensors, copied_files, save_model
 
 LOCK = ".lock"          # held by the job that is at work in a run folder
 SUMS = "SHA256SUMS"     # of train_state, as `sha256sum -c` reads it
@@ -112,6 +113,14 @@ def identity_of(knobs, model_config, pairs, held_out):
         "model": dataclasses.asdict(model_config),
         "pairs": {"data": _digest(pairs), "held-out data": _digest(held_out)},
     }
+
+
+def model_digest(folder, *others):
+    """In hexadecimal what the files of a model folder hold and are named, but for its weights; with
+    other values (numbers, strings, lists of them)."""
+    files = list(copied_files(folder))
+    names = [str(file.relative_to(folder)) for file in files]
+    return content_hash(files, names, *others)
 
 
 def _digest(pairs):

@@ -28,13 +28,14 @@ import torch
 import torch.distributed as dist
 
 import cpu
+from checkpoint import model_digest
 from command import lock, unlock_all
 from data.dialogues import checked_text
 from data.files import read_json, write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import from_rank_0, join_ranks, leave_ranks, run_rank, say
-from model import COPIED_FILES, checkpoint_tensors, load_model, read_config
+from model import checkpoint_tensors, load_model, read_config
 from sampler import answer, check_settings, fits, generate
 from tokenizer import CHAT_FORMATS, load_chat
 
@@ -112,17 +113,6 @@ def plan_job(args, model, chat, dropped):
 def parts_folder(args):
     """The folder of the batches that are done."""
     return Path(f"{args.output}.parts")
-
-
-def model_digest(folder, *others):
-    """In hexadecimal what the files of a model folder hold and are named, but for its weights; with
-    other values (numbers, strings, lists of them)."""
-    files = set()
-    for pattern in COPIED_FILES:
-        files.update(filter(Path.is_file, Path(folder).glob(pattern)))
-    files = sorted(files)
-    names = [str(file.relative_to(folder)) for file in files]
-    return content_hash(files, names, *others)
 
 
 def claim_output(output):

@@ -40,11 +40,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import cpu
+from checkpoint import model_digest
 from command import lock, run_command, unlock_all
 from data.files import (
     append_whole, is_finite_number, parse_line, read_json, read_records, written_whole)
 from data.preference import as_answers, content_hash
-from generate import model_digest
 from judge import ask, load_judge
 from model import Transformer, checkpoint_tensors, load_model, weight_files
 from tokenizer import CHAT_FORMATS, load_chat

@@ -42,19 +42,19 @@ from alphapo import (
     alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss)
 from checkpoint import (
     check_same_run, check_space, claim_output, finish_checkpoint, identity_of, load_checkpoint,
-    log_metrics, newest_checkpoint, read_metrics, read_run, save_checkpoint)
+    log_metrics, model_digest, newest_checkpoint, read_metrics, read_run, save_checkpoint)
 from command import unlock_all
 from data.files import is_finite_number, read_json, write_whole
 from data.preference import (
-    PackedPairs, PreferencePair, check_fit, content_hash, epoch_steps, hold_out, keep_pairs,
-    load_pairs, pack, read_kept_pairs)
+    PackedPairs, PreferencePair, are_kept, check_fit, content_hash, epoch_steps, hold_out,
+    keep_pairs, load_pairs, pack, read_kept_pairs)
 from distributed import (
     Noted, Stop, clip_gradients, forget_gathered_weights, from_rank_0, join_ranks, leave_if,
     leave_ranks, load_sharded, local_rank, noted_signals, ranks_of_node, restart_count, run_rank,
     say, set_gradient_sync, signal_of_any_rank)
 from judge import Judge, load_judge
 from model import (
-    COPIED_FILES, Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
+    Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
 from tokenizer import ChatFormat, load_chat
 
 ROOT = Path(__file__).resolve().parent
@@ -664,15 +664,14 @@ def tokenised_pairs(config, files, chat):
     if not config.cache or sum(os.path.getsize(file) for file in files) < CACHE_BYTES:
         return load_pairs(files, chat, *limits, **flags)
 
-    # The code that tokenises is part of what goes in, and so are the tokenizer's files.
+    # The code that tokenises is part of what goes in, and so are the model's files.
     sources = [ROOT / "tokenizer.py"]
     sources += [ROOT / "data" / f"{name}.py" for name in ("files", "dialogues", "preference")]
-    for pattern in COPIED_FILES:
-        sources += [file for file in sorted(Path(config.model).glob(pattern)) if file.is_file()]
     key = content_hash(
-        [*files, *sources], files, type(chat).__name__, chat.date, limits, flags)
+        [*files, *sources], files, model_digest(config.model), type(chat).__name__, chat.date,
+        limits, flags)
     kept = Path(config.cache) / f"{key[:32]}.safetensors"
-    if local_rank() == 0 and not kept.exists():
+    if local_rank() == 0 and not are_kept(kept):
         workers = len(os.sched_getaffinity(0))
         say(f"data     {', '.join(files)}: tokenising in {workers} processes")
         keep_pairs(kept, *load_pairs(files, chat, *limits, workers, **flags))
