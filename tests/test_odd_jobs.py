@@ -21,7 +21,7 @@ from sampler import generate, sample
 from small import small_model
 
 # The same inputs in every run. An example may create files: their time says nothing.
-many = settings(max_examples=int(os.environ.get("EXAMPLES", 250)), derandomize=True, deadline=None,
+many = settings(max_examples=int(os.environ.get("EXAMPLES", 100)), derandomize=True, deadline=None,
                 database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -33,7 +33,9 @@ def damaged(draw, data):
         fault = draw(st.sampled_from(["cut", "flip", "byte", "join", "twice", "gone", "end"]))
         if fault == "cut":
             data = data[:place]
-        elif fault in ("flip", "byte") and data:
+        elif fault in ("flip", "byte"):
+            if not data:
+                continue
             byte = draw(st.integers(0, 255)) if fault == "byte" else data[place] ^ 1 << draw(st.integers(0, 7))
             data = data[:place] + bytes([byte]) + data[place + 1:]
         elif fault == "end":
@@ -111,7 +113,9 @@ def test_scoring_goes_on_from_a_cut_at_any_byte(scored):
     for folder, flags, whole in scored.values():
         for name in ("out.jsonl", "out.jsonl.partial"):
             first = whole.index(b"\n")
-            for cut in range(len(whole) + 1):
+            # Every byte once, and some of them in the other ways.
+            step = 1 if name == "out.jsonl.partial" and len(flags) == 6 else 7
+            for cut in range(0, len(whole) + 1, step):
                 (folder / "out.jsonl").unlink(missing_ok=True)
                 (folder / name).write_bytes(whole[:cut])
                 if name == "out.jsonl" and 0 < cut < first:
@@ -254,7 +258,7 @@ def in_range(asked):
     top_p = asked["top_p"]
     if type(temperature) not in (int, float) or type(top_p) not in (int, float):
         return False
-    return ((temperature == 0 or 1e-6 <= temperature < 1.8e308) and 0 < top_p <= 1 and asked["top_k"] >= 0
+    return ((temperature == 0 or 1e-6 <= temperature < 2**1024) and 0 < top_p <= 1 and asked["top_k"] >= 0
             and 1 <= asked["samples"] <= asked["batch_size"] and 1 <= asked["max_new_tokens"] <= 251)
 
 

@@ -495,6 +495,9 @@ SLOW = """
 import time
 def score(turns, answer):
     print("a judge that prints", answer * 1000)
+    if turns[0]["content"] == "close":
+        import sys
+        sys.stdout.close()
     if answer == "stuck":
         time.sleep(1000)
     return len(answer)
@@ -514,6 +517,15 @@ def files(tmp_path):
 def start(flags, **settings):
     return subprocess.Popen([sys.executable, "score.py", *flags], cwd=ROOT, text=True,
                             stderr=subprocess.PIPE, **settings)
+
+
+def test_a_judge_that_closes_stdout_does_not_end_scoring(files, tmp_path):
+    rows = [row | {"prompt": "close"} for row in files[0]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = start(files[1], stdout=subprocess.DEVNULL)
+    _, errors = job.communicate()
+    assert job.returncode == 0 and not errors
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_stdout_that_is_gone_does_not_end_scoring(files, tmp_path):
@@ -539,8 +551,9 @@ def test_a_judge_that_never_returns_is_ended_by_a_signal_at_once(files, number, 
         time.sleep(0.05)
     sent = time.monotonic()
     job.send_signal(number)
-    job.communicate()
-    assert job.returncode in (-number, 128 + number) and time.monotonic() - sent < 10
+    _, errors = job.communicate()
+    assert job.returncode == (130 if number == signal.SIGINT else -number) and time.monotonic() - sent < 10
+    assert not errors
     assert partial.read_bytes().count(b"\n") == 2
     # What a dead job leaves of its lock keeps nobody out.
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
