@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ def run_command(main):
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:       # no mistake: its traceback would tell nothing
+        sys.exit(128 + signal.SIGINT)
 
 
 def open_streams():
@@ -52,14 +55,14 @@ class Stream:
     def write(self, text):
         try:
             self.stream.write(text)
-        except OSError:
+        except (OSError, ValueError):       # ValueError: some library closed it
             pass
         return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
-        except OSError:
+        except (OSError, ValueError):
             pass
 
     def __getattr__(self, name):

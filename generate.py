@@ -184,7 +184,7 @@ def first_day(args):
         return args.date
     if args.output:
         identity = read_identity(parts_folder(args))
-        if identity and identity["date"]:
+        if identity and identity.get("date"):
             return identity["date"]
     return datetime.date.today().isoformat()
 

@@ -120,7 +120,7 @@ def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)      # (B, V)
+    probs = (logits.float() / float(temperature)).softmax(-1)       # (B, V)
     V = probs.shape[-1]
 
     # 1. Candidates: the likeliest tokens, sorted, or the whole vocabulary in its own order.

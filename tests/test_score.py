@@ -5,6 +5,7 @@
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import score as score_py
@@ -187,6 +188,47 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
         RewardScorer(sentencepiece)
 
 
+@pytest.mark.parametrize("field, value", [("gating_temperature", True), ("gating_temperature", "2"),
+                                          ("num_objectives", True), ("gating_n_hidden", 3.0)])
+def test_numbers_of_the_head_are_read_strictly(field, value, gated, tmp_path):
+    folder = shutil.copytree(gated[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=f"config.json: .*{value}.*; expected positive numbers"):
+        load_reward_model(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    ('"gating_temperature": NaN', "config.json: gating_temperature is NaN"),
+    ('"gating_temperature": 1e400', "config.json: gating_temperature is Infinity"),
+    ('"pad_token_id": true', "config.json: pad_token_id = True; expected an id or null")])
+def test_config_json_of_a_reward_model_has_finite_numbers(text, message, gated, tmp_path):
+    folder = shutil.copytree(gated[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["gating_temperature"], config["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(config)[:-1] + f", {text}}}")
+    with pytest.raises(ValueError, match=message):
+        load_reward_model(folder)
+
+
+def test_a_reward_model_is_known_by_its_files_and_its_chat_format(scalar, tmp_path):
+    folder = shutil.copytree(scalar[0], tmp_path / "rm")
+    names = {RewardScorer(folder).name}
+    assert names == {RewardScorer(scalar[0]).name.replace(scalar[0].name, "rm")}
+    names.add(RewardScorer(folder, "mistral-v1").name)
+    changes = ("config.json", {"rms_norm_eps": 1e-4}), ("tokenizer_config.json", {"note": 1}), \
+        ("generation_config.json", {"eos_token_id": [2, 5]})
+    for file, change in changes:
+        fields = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(fields | change))
+        names.add(RewardScorer(folder).name)
+    # The same weights in a file of another size.
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors",
+              metadata={"format": "pt", "note": "x" * 64})
+    names.add(RewardScorer(folder).name)
+    assert len(names) == 6 and all(re.fullmatch("rm [0-9a-f]{8}", name) for name in names)
+
+
 def test_a_sequence_longer_than_the_models_positions_is_refused(scalar):
     with pytest.raises(ValueError, match=r"prompt and answer 2 have \d+ tokens, more than the 200 "
                                          "positions"):
@@ -317,6 +359,219 @@ def test_an_output_of_other_answers_or_scorers_is_left_as_it_is(job):
     assert before and job.output.read_text() == "a file of somebody's"
 
 
+def test_another_judge_of_the_same_name_is_another_scorer(job, tmp_path):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    lines = job.output.read_bytes().splitlines(keepends=True)
+    job.output.write_bytes(b"".join(lines[:2]))
+    # Of the same size and, to a clock of seconds, the same time: compiled files in a cache look valid.
+    (tmp_path / "judge.py").write_text(JUDGES.replace("return len(answer)", "return-len(answer)"))
+    with pytest.raises(ValueError, match=r"out.jsonl:1: found another line than .*in.jsonl:1 scored by "
+                                         r"judge.py:length [0-9a-f]{8}: scorers = \['judge.py:length "):
+        score(tmp_path, "length")
+    assert job.output.read_bytes() == b"".join(lines[:2])
+    job.output.unlink()
+    score(tmp_path, "length")
+    assert [row["all_rm_scores"] for _, row in read_jsonl(job.output)] == [[-1.0, -3.0]] * 3
+
+
+def score(folder, *judges):
+    main(["--input", f"{folder}/in.jsonl", "--output", f"{folder}/out.jsonl", "--judge",
+          *(f"{folder}/judge.py:{judge}" for judge in judges)])
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_last_line_that_lost_only_its_end_is_never_joined_to_the_next(job, n, name):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    whole = job.output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    job.output.unlink()
+    job.output.with_name(name).write_bytes(b"".join(lines[:n])[:-1])
+    job(rows, "length")
+    assert job.output.read_bytes() == whole
+
+
+def test_a_line_whose_answers_or_other_fields_were_changed_is_refused(job):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    lines = job.output.read_text().splitlines(keepends=True)
+    for old, new in (('"id": 1', '"id": 2'), ('"bcd"', '"bce"'), ("[1.0, 3.0]", "[1.0]"), ("[1.0", "[true")):
+        assert old in lines[1]
+        job.output.write_text(lines[0] + lines[1].replace(old, new))
+        with pytest.raises(ValueError, match="out.jsonl:2: found another line than .*in.jsonl:2"):
+            job(rows, "length")
+    job.output.write_text("".join(lines) + lines[2])
+    with pytest.raises(ValueError, match="out.jsonl:4: found another line than the 3 of the input"):
+        job(rows, "length")
+
+
+def test_an_output_that_is_whole_is_left_alone_and_said_to_be(job, capsys):
+    job([ROW], "length")
+    before = job.output.stat()
+    job([ROW], "length")
+    assert job.output.stat() == before
+    assert "out.jsonl: all 1 lines are scored already; nothing is left to do" in capsys.readouterr().out
+
+
+def test_an_output_of_something_else_is_not_replaced_by_what_its_partial_became(job):
+    job([ROW], "length")
+    job.output.rename(f"{job.output}.partial")
+    job.output.write_text("a file of somebody's")
+    with pytest.raises(ValueError, match="out.jsonl:1: not valid JSON"):
+        job([ROW], "length")
+    assert job.output.read_text() == "a file of somebody's"
+
+
+def test_a_second_job_on_the_same_output_is_told_who_is_at_work(job, tmp_path):
+    with open(tmp_path / "out.jsonl.lock", "w") as held:
+        held.write("process 12 on node3")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="out.jsonl.lock: process 12 on node3 is at work on this output"):
+            job([ROW], "length")
+        assert not job.output.exists()
+    for judge in ("length", "length", "half"):      # the lock ends with a job, also one that fails
+        try:
+            job([ROW], judge)
+        except ValueError as e:
+            assert judge == "half" and "found another line" in str(e)
+    assert not (tmp_path / "out.jsonl.lock").exists()
+
+
+def test_where_the_output_cannot_be_is_told_before_anything_is_loaded(job, tmp_path, monkeypatch):
+    job([ROW], "length")
+    monkeypatch.setattr(score_py, "load_judge", lambda name: pytest.fail("a judge was loaded"))
+    (tmp_path / "file").touch()
+    for output, message in (("absent/out.jsonl", "there is no folder .*absent; make it"),
+                            ("file/out.jsonl", "there is no folder .*file"), (".", "not a file")):
+        with pytest.raises(ValueError, match=message):
+            main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/{output}", "--judge", "x.py:y"])
+
+
+def test_no_answers_are_said_to_be_none(job):
+    with pytest.raises(ValueError, match="in.jsonl: no answers to score"):
+        job([], "length")
+    assert not job.output.exists()
+
+
+def test_a_judge_that_changes_its_turns_changes_no_others(job, tmp_path):
+    (tmp_path / "own.py").write_text("def clears(turns, answer):\n    turns[0].clear()\n"
+                                     "    turns.clear()\n    return 0\n")
+    job([ROW], "half")
+    expected = job.output.read_text().split('"all_rm_scores": ')[1][:10]
+    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/b.jsonl", "--judge",
+          f"{tmp_path}/own.py:clears", f"{tmp_path}/judge.py:half"])
+    ((_, row),) = read_jsonl(tmp_path / "b.jsonl")
+    assert row["all_scorer_scores"] == [[0.0, 0.0], json.loads(expected)]
+
+
+def test_scores_near_the_largest_float_have_a_mean(job, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def big(turns, answer): return 1.5e308\n")
+    job([ROW], "half")
+    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/b.jsonl", "--judge",
+          *[f"{tmp_path}/own.py:big"] * 2])
+    ((_, row),) = read_jsonl(tmp_path / "b.jsonl")
+    assert row["all_rm_scores"] == [1.5e308] * 2
+    assert "mean 1.5e+308, standard deviation 0," in capsys.readouterr().out
+
+
+def test_a_clock_that_jumps_does_not_show(job, monkeypatch, capsys):
+    jumps = iter(range(0, -10**9, -86400))
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    job([ROW], "length")
+    monkeypatch.undo()
+    assert "1 lines scored in 0 s" in capsys.readouterr().out
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+SLOW = """
+import time
+def score(turns, answer):
+    print("a judge that prints", answer * 1000)
+    if turns[0]["content"] == "close":
+        import sys
+        sys.stdout.close()
+    if answer == "stuck":
+        time.sleep(1000)
+    return len(answer)
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(the flags of a command, lines) of 4 rows that are scored by SLOW."""
+    rows = [ROW | {"id": i, "prompt": "q" * 100} for i in range(4)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "slow.py").write_text(SLOW)
+    return rows, ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl",
+                  "--judge", f"{tmp_path}/slow.py:score"]
+
+
+def start(flags, **settings):
+    return subprocess.Popen([sys.executable, "score.py", *flags], cwd=ROOT, text=True,
+                            stderr=subprocess.PIPE, **settings)
+
+
+def test_a_judge_that_closes_stdout_does_not_end_scoring(files, tmp_path):
+    rows = [row | {"prompt": "close"} for row in files[0]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = start(files[1], stdout=subprocess.DEVNULL)
+    _, errors = job.communicate()
+    assert job.returncode == 0 and not errors
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_stdout_that_is_gone_does_not_end_scoring(files, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    job = start(files[1], stdout=writer)
+    os.close(writer)
+    _, errors = job.communicate()
+    assert job.returncode == 0 and not errors
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_judge_that_never_returns_is_ended_by_a_signal_at_once(files, number, tmp_path):
+    rows, flags = files
+    rows = rows[:2] + [ROW | {"all_generated_responses": ["stuck"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = start(flags, stdout=subprocess.DEVNULL)
+    partial = tmp_path / "out.jsonl.partial"
+    until = time.monotonic() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < until and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == (130 if number == signal.SIGINT else -number)
+    assert not errors
+    assert partial.read_bytes().count(b"\n") == 2
+    # What a dead job leaves of its lock keeps nobody out.
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    main(flags)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(files, tmp_path):
+    main(files[1])
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    size = len(whole) // 2 + 20         # in the middle of the third line
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    job = start(files[1], stdout=subprocess.DEVNULL, preexec_fn=limit)
+    _, errors = job.communicate()
+    assert job.returncode == 1 and errors.startswith(f"error: {tmp_path}/out.jsonl.partial: cannot be written")
+    assert errors.count("\n") == 1
+    lines = whole.splitlines(keepends=True)
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == b"".join(lines[:2])
+    main(files[1])
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 @pytest.mark.parametrize("row, message", [
     ("[]", "expected a JSON object"),
     ({"prompt": "q"}, "all_generated_responses; expected a list of strings"),
@@ -353,6 +608,28 @@ def test_a_judge_that_is_not_there_is_named(name, message, tmp_path):
     (tmp_path / "judge.py").write_text(JUDGES)
     with pytest.raises(ValueError, match=message):
         load_judge(name.format(tmp_path))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1\n1 / 0", "failed with ZeroDivisionError: division by zero .*own.py, line 2"),
+    ("def f(:", "failed with SyntaxError: .*line 1"),
+    ("import sys\nsys.exit(0)", "failed with SystemExit: 0 .*own.py, line 2"),
+    ("import no_such_module", "failed with ModuleNotFoundError"),
+    ("x = '\0'", "failed with (ValueError|SyntaxError)"),
+    (b"x = '\xff'", "failed with SyntaxError")])
+def test_a_judge_that_cannot_be_loaded_is_named(text, message, tmp_path):
+    (tmp_path / "own.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"judge = '.*own.py:f': .*own.py cannot be loaded, it {message}"):
+        load_judge(f"{tmp_path}/own.py:f")
+
+
+def test_a_judge_that_is_a_folder_or_has_other_colons_is_named(tmp_path):
+    (tmp_path / "own.py").mkdir()
+    (tmp_path / "a:b.py").write_text("def f(turns, answer): return 1")
+    for name in (f"{tmp_path}/own.py:f", f"{tmp_path}/a:b.py:f:g", f"{tmp_path}/a:b.py", ":", "", "a.py:"):
+        with pytest.raises(ValueError, match="expected a Python file and a function in it"):
+            load_judge(name)
+    assert load_judge(f"{tmp_path}/a:b.py:f")([], "") == 1
 
 
 def test_a_call_needs_a_scorer(capsys):
