@@ -2,13 +2,17 @@
 
     pytest tests/test_score.py
 """
+import fcntl
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
