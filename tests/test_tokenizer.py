@@ -1038,7 +1038,7 @@ def test_a_json_file_that_is_none_is_an_error_that_names_it(smollm2_copy, file, 
     ("added_tokens.json", {"<a>": "1200"}), ("added_tokens.json", {"<a>": 10**400}), ("added_tokens.json", {"<a>": 1200, "<b>": 1200}),
     ("added_tokens.json", {"<a>": 7}), ("added_tokens.json", {"": 1200}),
     *[("tokenizer_config.json", {"added_tokens_decoder": value}) for value in (
-        [], "x", {"1200": None}, {"1200": {}}, {"1200": {"content": 7}}, {"1_200": {"content": "<a>"}},
+        [1], "x", {"1200": None}, {"1200": {}}, {"1200": {"content": 7}}, {"1_200": {"content": "<a>"}},
         {"9" * 5000: {"content": "<a>"}}, {"1200": {"content": "<a>", "special": "false"}}, {"1200": {"content": ["<a>"]}},
         {"1200": {"content": "<a>"}, "01200": {"content": "<b>"}})],
     *[("tokenizer.json", {"added_tokens": value}) for value in (
@@ -1055,6 +1055,7 @@ def test_a_json_file_that_is_none_is_an_error_that_names_it(smollm2_copy, file, 
     ("generation_config.json", {"eos_token_id": -1}), ("tokenizer_config.json", {"chat_template": [{"name": [], "template": 7}]}),
 ], ids=lambda value: repr(value)[:60])
 def test_a_field_of_another_kind_is_an_error_that_names_the_file(small_bpe, file, content):
+    write_settings(small_bpe, PLAIN_TEMPLATE, bos_token=None, eos_token="<|endoftext|>")
     path = small_bpe / file
     spec = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(spec | content), encoding="utf-8")
