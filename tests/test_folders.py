@@ -474,7 +474,8 @@ NO_JSON = {
     "empty": b"", "cut": b'{"a": ', "no UTF-8": b'{"a": "\xe9"}', "no object": b"[]",
     "5,000 digits": b'{"a": ' + b"7" * 5000 + b"}",
     "nested": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested list": b"[" * 990 + b"]" * 990,
-    "a key twice": b'{"vocab_size": 1, "vocab_size": 2}', "half a pair": rb'{"a": "\ud83d"}', "UTF-16": '{"a": 1}'.encode("utf-16")}
+    "a key twice": b'{"vocab_size": 1, "vocab_size": 2}', "half a pair": rb'{"a": "\ud83d"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16")}
 
 
 @pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)

@@ -38,7 +38,8 @@ def examples(share=1.0):
 
 # Values of another kind than expected, written as JSON: some are none that json.dumps writes.
 ODD = ["null", "true", "false", "0", "1", "-1", "2", "3", "7", "1.5", "1e-5", "1e999", "-0.0", "NaN", "Infinity",
-       "7" * 400, "7" * 5000, '""', '"x"', '"false"', '"1"', '"a b"', r'"\ud83d"', r'"\u0000"', '"<s>"', "[]", "{}", "[null]", "[[1]]",
+       "7" * 400, "7" * 5000, '""', '"x"', '"false"', '"1"', '"a b"', r'"\ud83d"', r'"\u0000"', '"<s>"', "[]", "{}",
+       "[null]", "[[1]]",
        '["a", "b"]',
        '{"a": 1}', '{"a": 1, "a": 2}', "[" * 100 + "]" * 100, "[" * 2000 + "]" * 2000, '"llama3"', '"NFC"', '"BPE"',
        '{"content": "<a>", "id": 300}', str(2**24), str(2**31), str(2**63)]
@@ -238,7 +239,8 @@ VOCAB = ALPHABET | {token: 256 + i for i, token in enumerate(TOKENS)}
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
             "chat_template": CHATML_TEMPLATE, "added_tokens_decoder": {
                 str(token["id"]): {key: token[key] for key in ("content", "special", "lstrip")} for token in ADDED}}
-TEXTS = ["", "a", "abc abcab", " ab\n\nabb 1234 x", "í ab<think>c", "e\u0301 ab!?\t 12", "\u00a0\U0001f44d \r\n", "''s 'll"]
+TEXTS = ["", "a", "abc abcab", " ab\n\nabb 1234 x", "í ab<think>c", "e\u0301 ab!?\t 12", "\u00a0\U0001f44d \r\n",
+    "''s 'll"]
 
 
 def with_vocabulary(content):
@@ -258,8 +260,10 @@ def odd_vocabulary(draw):
             if {t[:i], t[i:]} <= spec["model"]["vocab"].keys()]
     spec["model"]["merges"] = [way for way in ways if draw(st.integers(0, 4))]
     spec["model"]["ignore_merges"] = draw(st.booleans())
-    atoms = ["a", "b", r"\p{L}", r"\s", r"\S", "[^ab]", "[a-c]", " ", ".", r"\d", "(?=a)", "(?!b)", "(?<=a)", "(?<!c)", r"\n", "é"]
-    atom = st.builds(str.__add__, st.sampled_from(atoms), st.sampled_from(["", "", "", "+", "*", "?", "{1,2}", "+?", "++"]))
+    atoms = ["a", "b", r"\p{L}", r"\s", r"\S", "[^ab]", "[a-c]", " ", ".", r"\d", "(?=a)", "(?!b)", "(?<=a)",
+        "(?<!c)", r"\n", "é"]
+    atom = st.builds(str.__add__, st.sampled_from(atoms), st.sampled_from(["", "", "", "+", "*", "?", "{1,2}", "+?",
+    "++"]))
     parts = st.lists(st.lists(atom, min_size=1, max_size=3).map("".join), min_size=1, max_size=3)
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "|".join(draw(parts))
     return json.dumps(spec).encode()
@@ -293,8 +297,10 @@ def test_an_odd_tokenizer_json_has_the_ids_of_the_tokenizers_library_or_is_refus
 
 
 @pytest.mark.parametrize("name, value", [
-    ("tokenizer_config.json", SETTINGS), ("special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}, "pad_token": "x"}),
-    ("added_tokens.json", {"<a>": 266, "<b>": 267}), ("generation_config.json", {"eos_token_id": [264, 7], "top_p": 0.9}),
+    ("tokenizer_config.json", SETTINGS), ("special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"},
+    "pad_token": "x"}),
+    ("added_tokens.json", {"<a>": 266, "<b>": 267}), ("generation_config.json", {"eos_token_id": [264, 7],
+    "top_p": 0.9}),
     ("config.json", {"vocab_size": 300, "tokenizer_class": "GPT2Tokenizer", "model_type": "llama"})])
 @given(data=st.data())
 @examples(0.3)
@@ -311,10 +317,14 @@ def test_an_odd_file_beside_the_tokenizer_is_read_or_refused(folder, name, value
         assert response[-1] == chat.end_id and chat.decode_response(response[:-1]) == "ab c"
 
 
-SNIPPETS = ["{% for m in messages %}", "{% endfor %}", "{{ m['content'] }}", "{{ messages }}", "{% if x %}", "{% else %}",
-            "{% endif %}", "{{ '<|im_end|>' }}", r"{{ '\ud83d' }}", "{{ 9 ** 99 }}", "{{ 'a' * 99999999 }}", "{% break %}",
-            "{{ raise_exception('no') }}", "{% set x = x + 1 %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{", "%}",
-            "{{ ''.__class__ }}", "{% include 'x' %}", "{{ range(10**9)|list|length }}", "{{ strftime_now('%') }}", "(" * 200, "\0"]
+SNIPPETS = ["{% for m in messages %}", "{% endfor %}", "{{ m['content'] }}", "{{ messages }}", "{% if x %}",
+    "{% else %}",
+            "{% endif %}", "{{ '<|im_end|>' }}", r"{{ '\ud83d' }}", "{{ 9 ** 99 }}", "{{ 'a' * 99999999 }}",
+            "{% break %}",
+            "{{ raise_exception('no') }}", "{% set x = x + 1 %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{", "%}",
+            "{{ ''.__class__ }}", "{% include 'x' %}", "{{ range(10**9)|list|length }}", "{{ strftime_now('%') }}",
+            "(" * 200, "\0"]
 
 
 @st.composite

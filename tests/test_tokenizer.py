@@ -33,7 +33,8 @@ from tokenizer import (BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceToke
 
 WORDS = ["the", "Hello", "don't", "WE'LL", "naïve", "straße", "привет", "γειά", "שלום", "مرحبا", "नमस्ते", "你好世界",
          "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678",
-         "3.14", "x_1", "...", "?!", "—", "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20",
+         "3.14", "x_1", "...", "?!", "—", "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>",
+         "https://a.io/?q=1&r=%20",
          "{'k': [1, 2]}", "\\n", "\u200b"]
 SPACES = [" ", " ", " ", "", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"]
 CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]",
@@ -907,23 +908,28 @@ def assert_same_ids(folder, reference, texts):
 
 ODD_PATTERNS = [
     r"\p{L}+", r"\s+", r"\d", "b", "ab?", r"\s+(?!\S)", r"(?=a)b|[a-c]", r"(?<=a)b", r"(?<!a)b+", r"a(?:b|(?!c))",
-    r"[^\s\p{L}]+", r"\p{^L}+", r"\P{L}+", r"(?i:'s|'t|ll)|x", r"a{2}", r"a{2,}|b{1,2}", "a++b?", "(a|b)c", r"\.|\[", "é+",
+    r"[^\s\p{L}]+", r"\p{^L}+", r"\P{L}+", r"(?i:'s|'t|ll)|x", r"a{2}", r"a{2,}|b{1,2}", "a++b?", "(a|b)c", r"\.|\[",
+    "é+",
     r" ?[\p{Lu}\p{Lt}]?[\p{Ll}\p{M}]+(?i:'s|'re)?|\p{N}{1,3}", r"[\r\n]", r"(?>a+)b", ".", "-"]
 
 
 @pytest.mark.parametrize("pattern", ODD_PATTERNS)
 def test_text_that_a_pattern_leaves_out_is_kept_as_the_tokenizers_library_keeps_it(tmp_path, pattern):
     tokens = ["ab", "abc", "cc", "aa", "bb", "12", "..", "xx", "'s"]
-    merges = [["a", "b"], ["ab", "c"], ["c", "c"], ["a", "a"], ["b", "b"], ["1", "2"], [".", "."], ["x", "x"], ["'", "s"]]
+    merges = [["a", "b"], ["ab", "c"], ["c", "c"], ["a", "a"], ["b", "b"], ["1", "2"], [".", "."], ["x", "x"], ["'",
+        "s"]]
     reference = write_bpe(tmp_path, tokens, merges, pattern)
     rng = random.Random(5)
     texts = ["".join(rng.choices("aabbccx12. \n-['sSéÉ\u0301ſ", k=rng.randint(1, 12))) for _ in range(300)]
     assert_same_ids(tmp_path, reference, texts + TEXTS[:50])
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "a*", "", r"\b", "(?=a)", "a|b*", "(?:a?b?){3}", "(?!a)", "^a", "a$", r"\w+", "(?i)a",
-                                     "(?i:ss)", "(?i:fi|x)", "[[:punct:]]+", "[a&&b]", r"(a)\1", "(?x) a", "a{,2}", "a{2}+",
-                                     r"\h", r"\R", "*a", "a{3,2}", "a{100000000}", r"\p{Nothing}", "(?<n>a)", "(" * 300 + "a" + ")" * 300,
+@pytest.mark.parametrize("pattern", ["(", "[", "a*", "", r"\b", "(?=a)", "a|b*", "(?:a?b?){3}", "(?!a)", "^a", "a$",
+    r"\w+", "(?i)a",
+                                     "(?i:ss)", "(?i:fi|x)", "[[:punct:]]+", "[a&&b]", r"(a)\1", "(?x) a", "a{,2}",
+                                     "a{2}+",
+                                     r"\h", r"\R", "*a", "a{3,2}", "a{100000000}", r"\p{Nothing}", "(?<n>a)",
+                                     "(" * 300 + "a" + ")" * 300,
                                      7, None, ["a"]], ids=str)
 def test_a_pattern_that_is_none_or_matches_nothing_or_is_read_in_two_ways_is_refused(tmp_path, pattern):
     write_bpe(tmp_path, ["ab"], [["a", "b"]], "b")
@@ -1035,11 +1041,13 @@ def test_a_json_file_that_is_none_is_an_error_that_names_it(smollm2_copy, file, 
 
 @pytest.mark.parametrize("file, content", [
     ("added_tokens.json", {"<a>": True}), ("added_tokens.json", {"<a>": 1e999}), ("added_tokens.json", {"<a>": 1200.5}),
-    ("added_tokens.json", {"<a>": "1200"}), ("added_tokens.json", {"<a>": 10**400}), ("added_tokens.json", {"<a>": 1200, "<b>": 1200}),
+    ("added_tokens.json", {"<a>": "1200"}), ("added_tokens.json", {"<a>": 10**400}), ("added_tokens.json",
+    {"<a>": 1200, "<b>": 1200}),
     ("added_tokens.json", {"<a>": 7}), ("added_tokens.json", {"": 1200}),
     *[("tokenizer_config.json", {"added_tokens_decoder": value}) for value in (
         [1], "x", {"1200": None}, {"1200": {}}, {"1200": {"content": 7}}, {"1_200": {"content": "<a>"}},
-        {"9" * 5000: {"content": "<a>"}}, {"1200": {"content": "<a>", "special": "false"}}, {"1200": {"content": ["<a>"]}},
+        {"9" * 5000: {"content": "<a>"}}, {"1200": {"content": "<a>", "special": "false"}},
+        {"1200": {"content": ["<a>"]}},
         {"1200": {"content": "<a>"}, "01200": {"content": "<b>"}})],
     *[("tokenizer.json", {"added_tokens": value}) for value in (
         7, [None], [{}], [{"content": "<a>", "id": True}], [{"content": "<a>", "id": 1200, "special": 1}])],
@@ -1049,10 +1057,11 @@ def test_a_json_file_that_is_none_is_an_error_that_names_it(smollm2_copy, file, 
         {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}, {"type": "BPE", "vocab": {"": 0}, "merges": []},
         {"type": ["BPE"], "vocab": {"a": 0}, "merges": []}, {"type": "BPE", "vocab": {"\n": 0}, "merges": []})],
     ("tokenizer.json", {"pre_tokenizer": []}), ("tokenizer.json", {"pre_tokenizer": {"pretokenizers": []}}),
-    ("tokenizer.json", {"normalizer": "NFC"}), ("special_tokens_map.json", {"bos_token": 7}),
+    ("tokenizer.json", {"normalizer": "NFC"}), ("special_tokens_map.json", {"pad_token": 7}),
     ("tokenizer_config.json", {"bos_token": [1]}), ("generation_config.json", {"eos_token_id": 10**400}),
     ("generation_config.json", {"eos_token_id": [True]}), ("generation_config.json", {"eos_token_id": ""}),
-    ("generation_config.json", {"eos_token_id": -1}), ("tokenizer_config.json", {"chat_template": [{"name": [], "template": 7}]}),
+    ("generation_config.json", {"eos_token_id": -1}), ("tokenizer_config.json", {"chat_template": [{"name": [],
+    "template": 7}]}),
 ], ids=lambda value: repr(value)[:60])
 def test_a_field_of_another_kind_is_an_error_that_names_the_file(small_bpe, file, content):
     write_settings(small_bpe, PLAIN_TEMPLATE, bos_token=None, eos_token="<|endoftext|>")
