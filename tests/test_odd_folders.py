@@ -133,7 +133,7 @@ def read_or_refuse(file, read):
     try:
         return read()
     except (ValueError, OSError) as e:
-        assert str(file) in str(e), f"does not name {file}: {e}"
+        assert str(file.parent) in str(e) and file.name in str(e), f"does not name {file}: {e}"
         str(e).encode()                     # it can be printed
     return None
 

@@ -942,7 +942,8 @@ def test_real_patterns_are_known_to_be_read_alike(tmp_path):
              "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+"
              "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|"
              "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+")
-    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+              r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
     for pattern in (o200k, cl100k, tokenizer_module.LLAMA3_PATTERN, tokenizer_module.GPT2_PATTERN,
                     tokenizer_module.DIGITS_PATTERN, tokenizer_module.LLAMA3_PATTERN.replace("{1,3}", "")):
         assert_same_ids(tmp_path, write_bpe(tmp_path, ["ab"], [["a", "b"]], pattern), TEXTS[:200])
