@@ -615,8 +615,10 @@ def token_names(folder):
     """
     folder = Path(folder)
     # tokenizer_config.json counts where both files name a token.
-    settings = _read_json(folder / "special_tokens_map.json")
-    settings |= _read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    map_path = folder / "special_tokens_map.json"
+    own_settings = _read_json(path)
+    settings = _read_json(map_path) | own_settings
     family = str(settings.get("tokenizer_class")).removesuffix("Fast")
     defaults = CLASS_TOKENS.get(family, {})
     names = {}
@@ -626,8 +628,8 @@ def token_names(folder):
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and not isinstance(token, str):
-            raise ValueError(f"{folder}/tokenizer_config.json (or special_tokens_map.json): {key} "
-                             f"= {token!r:.60}; expected a string")
+            raise ValueError(f"{path if key in own_settings else map_path}: {key} = "
+                             f"{token!r:.60}; expected a string")
         if token:
             names[key] = token
     return names

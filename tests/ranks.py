@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import train
 from data import files, preference
-from model import save_model
+from model import load_model, save_model
 
 # The server that forks them starts as a program of its own and imports this file.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
@@ -178,6 +178,19 @@ def save_gradients(config, path):
 def load_and_save(config, path, shard_bytes):
     device = train.join_ranks(config.timeout_minutes)
     save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
+    torch.distributed.destroy_process_group()
+
+
+def saves_to_a_full_disk(folder, path):
+    """Saves a sharded model where a file of 8 kB finds no room, and prints the error of each rank."""
+    torch.distributed.init_process_group("gloo")
+    model = load_model(folder, shard=lambda model: torch.distributed.fsdp.fully_shard(model))
+    if torch.distributed.get_rank() == 0:
+        small_files(8_000)
+    try:
+        save_model(model, path, like=folder, shard_bytes=8_000)
+    except (OSError, ValueError) as e:
+        print(f"{type(e).__name__}: {e}")
     torch.distributed.destroy_process_group()
 
 
