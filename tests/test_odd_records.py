@@ -585,3 +585,42 @@ def test_drift_reads_its_prompts_or_tells_their_place(folder, content):
         argv = ["--model", "x", "--start", "y", "--prompts", str(folder / "prompts.jsonl")]
         found_or_told(lambda: drift.main(argv), "prompts.jsonl")
         assert all(turns[-1]["content"].strip() for turns in seen)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "odd: no (runs|evaluations|prompts)|odd/metrics.jsonl: no evaluations"),
+    ('{"eval_displacement/chosen": 1, "label": "x", "prompt": null}\n',
+     "odd.*:1: (step is None|kl is None|no field prompt)")])
+@pytest.mark.parametrize("what", ["runs", "drift", "prompts"])
+def test_an_empty_file_and_a_field_that_is_missing_are_told(what, content, message, tmp_path, monkeypatch):
+    path = tmp_path / "odd"
+    if what == "runs":
+        path.mkdir()
+        (path / "metrics.jsonl").write_text(content)
+    else:
+        path.write_text(content)
+    monkeypatch.setattr(drift, "load_chat", lambda folder: LetterChat())
+    with pytest.raises(ValueError, match=message):
+        if what == "prompts":
+            drift.main(["--model", "x", "--start", "y", "--prompts", str(path)])
+        else:
+            plot.main([what, str(path), "--output", str(tmp_path / "a.png")])
+
+
+def test_a_picture_that_cannot_be_written_is_known_first_and_what_it_replaces_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs.jsonl").write_bytes(as_lines([RUN]))
+    (tmp_path / "a.png").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "drift", lambda file: pytest.fail("long work"))
+        for output in ("absent/a.png", ".", "runs.jsonl"):
+            with pytest.raises((ValueError, OSError), match="cannot be written|input and output are one file"):
+                plot.main(["drift", str(tmp_path / "runs.jsonl"), "--output", str(tmp_path / output)])
+    plot.main(["drift", str(tmp_path / "runs.jsonl"), "--output", str(tmp_path / "a.png")])
+    assert f"replaces {tmp_path}/a.png\n" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--max_new_tokens", "0"], ["--seed", "-1"]])
+def test_flags_of_drift_are_checked_before_models_are_loaded(flags):
+    with pytest.raises(ValueError, match=f"{flags[0][2:]} = {flags[1]}; expected"):
+        drift.main(["--model", "x", "--start", "y", "--prompts", "z", *flags])
