@@ -60,8 +60,8 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     class ParquetFile:
         schema_arrow = SimpleNamespace(names=["prompt", "n"])
 
-        def __init__(self, file, page_checksum_verification):
-            assert file == path and page_checksum_verification
+        def __init__(self, file, **settings):
+            assert file == path
 
         def iter_batches(self):
             return [self, self]
@@ -83,7 +83,7 @@ def test_parquet_that_is_damaged_is_named(names, failure, message, tmp_path, mon
     class ParquetFile:
         schema_arrow = SimpleNamespace(names=names)
 
-        def __init__(self, file, page_checksum_verification):
+        def __init__(self, file, **settings):
             pass
 
         def iter_batches(self):
