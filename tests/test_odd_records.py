@@ -2,7 +2,7 @@
 never another exception, a hang or a silent loss. And what is written and read again, packed, ordered or held out.
 
     pytest tests/test_odd_records.py
-    EXAMPLES=20000 pytest tests/test_odd_records.py         # of each property, half an hour
+    EXAMPLES=20000 pytest tests/test_odd_records.py         # of each property, about 10 minutes
 """
 import contextlib
 import gzip
@@ -12,12 +12,12 @@ import os
 import signal
 import time
 from collections import Counter
-from datetime import timedelta
+from inspect import Parameter, Signature, signature
 from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -34,12 +34,41 @@ from small import random_pairs
 from test_preference import LetterChat
 
 SECONDS = 5             # that a reader may take for one small input
+BATCH = 20              # inputs of one seed: hypothesis takes longer to draw a seed than a reader to read them
 
 
-def examples(default=1000):
-    """Seeded: every run draws the same inputs."""
-    return settings(max_examples=int(os.environ.get("EXAMPLES", default)), derandomize=True, database=None,
-                    deadline=timedelta(seconds=SECONDS), suppress_health_check=list(HealthCheck))
+def examples(default=1000, **makers):
+    """Runs a test on so many inputs, made by functions of a Random. Seeded: every run makes the same ones."""
+    n = int(os.environ.get("EXAMPLES", default))
+
+    def decorate(test):
+        def on_inputs(*args, **kwargs):
+            fixtures = on_inputs.__signature__.bind(*args, **kwargs).arguments
+            r = Random(fixtures.pop("seed"))
+            for _ in range(BATCH):
+                inputs = {name: make(r) for name, make in makers.items()}
+                try:
+                    test(**fixtures, **inputs)
+                except BaseException as e:
+                    e.add_note(f"the input was {inputs!r:.3000}")
+                    raise
+
+        others = [parameter for name, parameter in signature(test).parameters.items() if name not in makers]
+        seed = Parameter("seed", Parameter.POSITIONAL_OR_KEYWORD)
+        on_inputs.__name__ = test.__name__
+        on_inputs.__signature__ = Signature([*others, seed])
+        set_up = settings(max_examples=math.ceil(n / BATCH), derandomize=True, database=None, deadline=None,
+                          suppress_health_check=list(HealthCheck))
+        return set_up(given(seed=st.integers(0, 2**64 - 1))(on_inputs))
+    return decorate
+
+
+def one_of(*choices):
+    return lambda r: r.choice(choices)
+
+
+def between(least, most):
+    return lambda r: r.randint(least, most)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +93,6 @@ def found_or_told(read, place):
 
 
 # --- inputs ---------------------------------------------------------------------------------------
-
-# hypothesis draws seeds alone, and these functions of a Random make the inputs: its own strategies for nested values
-# take 20 times as long.
-
-def drawn(make):
-    return st.integers(0, 2**64 - 1).map(lambda seed: make(Random(seed)))
-
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = ["", " ", "\n", "é", "👋", "\x00", "\ufeff", "\u2028", "\x85", "\r", "<|im_start|>user\nq", "[INST]",
@@ -178,8 +200,8 @@ def spoilt(r, content):
 
 
 def spoilt_lines(make, most=3):
-    """Files of up to so many records, in JSON Lines."""
-    return drawn(lambda r: spoilt(r, as_lines(some(make, most)(r))))
+    """Makes files of up to so many records, in JSON Lines."""
+    return lambda r: spoilt(r, as_lines(some(make, most)(r)))
 
 
 def as_lines(records):
@@ -196,18 +218,16 @@ FORMS = {
     "Windows": lambda records: as_lines(records).replace(b"\n", b"\r\n"),
     "gzip": lambda records: gzip.compress(as_lines(records), 1),
 }
-records = drawn(some(any_record, 4))
+records = some(any_record, 4)
 
 
-@examples()
-@given(records=records, form=st.sampled_from(sorted(FORMS)))
+@examples(records=records, form=one_of(*sorted(FORMS)))
 def test_every_form_gives_back_the_records_that_were_written(folder, records, form):
     (folder / "rows").write_bytes(FORMS[form](records))
     assert [record for _, record in read_records([folder / "rows"])] == records
 
 
-@examples()
-@given(records=records)
+@examples(records=records)
 def test_what_is_written_is_read_again(folder, records):
     write_records(folder / "rows", records)
     assert [record for _, record in read_jsonl(folder / "rows")] == records
@@ -222,11 +242,7 @@ def use(record, source):
     return record
 
 
-@examples(2000)
-@given(content=spoilt_lines(any_record, 4))
-@example(b'{"a": ' * 3)
-@example(b'{}\n\xef\xbb\xbf{"a": 1, "b": 2}\n\x0c\n{}')
-@example(b'{"x": ' + b"[" * 101 + b"]" * 101 + b"}")
+@examples(2000, content=spoilt_lines(any_record, 4))
 def test_no_line_is_lost_in_silence_and_each_bad_one_is_told_by_its_place(folder, content):
     path = folder / "rows"
     path.write_bytes(content)
@@ -235,29 +251,25 @@ def test_no_line_is_lost_in_silence_and_each_bad_one_is_told_by_its_place(folder
     if found is None or content.removeprefix(BOM).lstrip()[:1] == b"[" or content.startswith(b"\x1f\x8b"):
         return
     # The oracle splits and parses for itself.
-    lines = content.split(b"\n")
+    lines = content.removeprefix(BOM).split(b"\n")
     assert len(found) + sum(dropped.values()) == sum(1 for line in lines if line.strip())
     for source, record in found:
         line = lines[int(source.removeprefix(f"{path}:")) - 1]
-        assert record == json.loads(line.decode("utf-8-sig" if source.endswith(":1") else "utf-8"))
+        assert record == json.loads(line.decode())
     for reason in dropped:
         assert reason == "of one column" or f"{path}:" in reason
     # Nothing that UTF-8 or JSON lack goes further.
     json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
 
 
-@examples()
-@given(content=drawn(lambda r: spoilt(r, FORMS[r.choice(sorted(FORMS))](some(any_record)(r)))),
-       skip=st.sampled_from([None, False, True]))
+@examples(content=lambda r: spoilt(r, FORMS[r.choice(sorted(FORMS))](some(any_record)(r))),
+          skip=one_of(None, False, True))
 def test_files_of_every_form_that_are_spoilt_are_read_or_refused_by_name(folder, content, skip):
     (folder / "rows").write_bytes(content)
     found_or_told(lambda: list(read_records([folder / "rows"], skip_bad_lines=skip)), f"{folder}/rows")
 
 
-@examples()
-@given(content=drawn(lambda r: spoilt(r, as_lines([any_record(r)]))))
-@example(b'{"a": 1, "b": {"c": 1, "c": 2}}')
-@example(b'{"a": {"\\ud83d": 1}}')
+@examples(content=lambda r: spoilt(r, as_lines([any_record(r)])))
 def test_a_file_of_json_holds_an_object_or_is_refused_by_name(folder, content):
     (folder / "run.json").write_bytes(content)
     found = found_or_told(lambda: read_json(folder / "run.json"), "run.json")
@@ -281,8 +293,7 @@ PAIR_COLUMNS = ["prompt", "chosen", "rejected", "instruction", "input", "questio
                 "all_generated_responses", "all_rm_scores"]
 
 
-@examples(2000)
-@given(record=drawn(columns(*PAIR_COLUMNS)), as_it_stands=st.booleans())
+@examples(2000, record=columns(*PAIR_COLUMNS), as_it_stands=one_of(False, True))
 def test_a_record_is_a_pair_that_holds_its_answers_or_is_told(folder, record, as_it_stands):
     def encode(record, source):
         return encode_pair(record, source, LetterChat(), 50, 30, as_it_stands)
@@ -310,8 +321,7 @@ def prompt(r):
     return good_prompt(r) if r.random() < 0.7 else others(r)
 
 
-@examples()
-@given(records=drawn(some(prompt, 4)), skip=st.booleans())
+@examples(records=some(prompt, 4), skip=one_of(False, True))
 def test_prompts_are_read_dropped_or_told(folder, records, skip):
     path = folder / "rows"
     path.write_bytes(as_lines(records))
@@ -330,8 +340,7 @@ def scored(r):
             "all_scorer_scores": some(two(number))(r)}
 
 
-@examples()
-@given(record=drawn(scored), uncertainty=st.sampled_from([0, 0.5, 1e308]), min_gap=st.sampled_from([0.0, 1.0, 1e308]))
+@examples(record=scored, uncertainty=one_of(0, 0.5, 1e308), min_gap=one_of(0.0, 1.0, 1e308))
 def test_the_best_score_is_no_less_than_the_worst_and_both_are_numbers(folder, record, uncertainty, min_gap):
     def use(record, source):
         return pairs_command.make_pair(record, min_gap, uncertainty, as_it_stands=True)
@@ -362,12 +371,13 @@ def test_marks_that_repeat_without_end_are_looked_through_at_once(text):
 
 # --- kept tokens ----------------------------------------------------------------------------------
 
-lengths = drawn(lambda r: [tuple(r.choices(range(1, 13), k=3)) for _ in range(r.randrange(1, 13))])
+
+def lengths(r):
+    return [tuple(r.choices(range(1, 13), k=3)) for _ in range(r.randrange(1, 13))]
 
 
-@examples()
-@given(lengths=lengths, places=drawn(lambda r: r.choices(["a 7.json: item 1", "b: 3.jsonl:4", "c:1:22"], k=12)),
-       dropped=drawn(lambda r: {text(r): r.randrange(1, 9) for _ in range(r.randrange(3))}))
+@examples(lengths=lengths, places=lambda r: r.choices(["a 7.json: item 1", "b: 3.jsonl:4", "c:1:22"], k=12),
+          dropped=lambda r: {text(r): r.randrange(1, 9) for _ in range(r.randrange(3))})
 def test_kept_pairs_come_back_as_they_were(folder, lengths, places, dropped):
     pairs = random_pairs(lengths)
     for pair, place in zip(pairs, places):
@@ -396,8 +406,7 @@ def test_a_bit_of_kept_pairs_that_flips_is_found_wherever_it_is(folder, kept):
             read_kept_pairs(folder / "kept")
 
 
-@examples()
-@given(seed=st.integers(0, 2**64 - 1))
+@examples(seed=between(0, 2**64))
 def test_spoilt_files_of_kept_pairs_are_told_by_name(folder, kept, seed):
     content = spoilt(Random(seed), kept)
     (folder / "kept").write_bytes(content)
@@ -431,8 +440,7 @@ def test_a_clock_that_jumps_back_does_not_show_in_how_long_tokenising_took(folde
 
 # --- order and packing ----------------------------------------------------------------------------
 
-@examples()
-@given(lengths=lengths, room=st.integers(0, 60), ranks=st.integers(1, 5))
+@examples(lengths=lengths, room=between(0, 60), ranks=between(1, 5))
 def test_a_packed_row_is_its_pairs_as_plain_sequences_end_to_end(lengths, room, ranks):
     pairs = random_pairs(lengths)
     longest = max(map(sum, lengths))
@@ -453,8 +461,7 @@ def test_a_packed_row_is_its_pairs_as_plain_sequences_end_to_end(lengths, room, 
     assert len(rows) <= -(-max(len(pairs), 1) // ranks) * ranks
 
 
-@examples()
-@given(n=st.integers(0, 200), per_step=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**31))
+@examples(n=between(0, 200), per_step=between(1, 50), seed=between(0, 2**63), epoch=between(0, 2**31))
 def test_an_order_is_a_permutation_and_a_pure_function(n, per_step, seed, epoch):
     steps = epoch_steps(n, per_step, seed, epoch)
     assert sorted(i for step in steps for i in step) == [*range(n)] and epoch_steps(n, per_step, seed, epoch) == steps
@@ -463,9 +470,8 @@ def test_an_order_is_a_permutation_and_a_pure_function(n, per_step, seed, epoch)
         assert epoch_steps(n, per_step, seed, epoch + 1) != steps != epoch_steps(n, per_step, seed + 1, epoch)
 
 
-@examples()
-@given(prompts=drawn(lambda r: r.choices(range(10), k=r.randrange(1, 31))), n=st.integers(0, 30),
-       seed=st.integers(0, 2**63))
+@examples(prompts=lambda r: r.choices(range(10), k=r.randrange(1, 31)), n=between(0, 30),
+          seed=between(0, 2**63))
 def test_no_prompt_is_on_both_sides_and_no_pair_on_none(prompts, n, seed):
     ids = np.array([5], dtype=np.int32)
     pairs = [PreferencePair(np.array([p], dtype=np.int32), ids, ids, f"a:{i}") for i, p in enumerate(prompts)]
@@ -492,8 +498,7 @@ def recipe(r):
     return "".join(f"{r.choice(names)} = {r.choice(TOML_VALUES)}\n" for _ in range(r.randrange(4))).encode()
 
 
-@examples()
-@given(content=drawn(lambda r: spoilt(r, recipe(r))))
+@examples(content=lambda r: spoilt(r, recipe(r)))
 def test_a_recipe_is_read_strictly_or_refused_by_name(folder, content):
     (folder / "odd.toml").write_bytes(content)
     fields = found_or_told(lambda: plan.read_recipe(folder / "odd.toml"), "odd.toml")
@@ -501,9 +506,8 @@ def test_a_recipe_is_read_strictly_or_refused_by_name(folder, content):
         assert type(value) is (int if name in plan.NUMBERS else bool if name in plan.SWITCHES else str)
 
 
-@examples()
-@given(number=st.sampled_from([*plan.NUMBERS, "gpus"]),
-       value=st.integers() | st.sampled_from([10**12, 10**13, 10**400]))
+@examples(number=one_of(*plan.NUMBERS, "gpus"),
+          value=one_of(-1, 0, 1, 2, 8192, 10**12, 10**12 + 1, 10**400, -10**400))
 def test_numbers_of_a_plan_are_positive_and_no_more_than_can_be(number, value):
     args = found_or_told(lambda: plan.parse_args(["--model", "x", f"--{number}", f" {value}"]), number)
     assert (args is not None) == (0 < value <= 10**12)
@@ -523,8 +527,7 @@ def evaluation(r):
     return line
 
 
-@examples()
-@given(content=spoilt_lines(evaluation))
+@examples(content=spoilt_lines(evaluation))
 def test_metrics_are_numbers_to_draw_or_told_by_line(folder, content):
     (folder / "metrics.jsonl").write_bytes(content)
     found = found_or_told(lambda: plot.read_run(folder), "metrics.jsonl")
@@ -546,8 +549,7 @@ def run_of_experiment(r):
     return record
 
 
-@examples()
-@given(content=spoilt_lines(run_of_experiment))
+@examples(content=spoilt_lines(run_of_experiment))
 def test_runs_of_an_experiment_are_numbers_to_draw_or_told_by_line(folder, content):
     (folder / "runs.jsonl").write_bytes(content)
     found = found_or_told(lambda: plot.read_drift(folder / "runs.jsonl"), "runs.jsonl")
@@ -569,8 +571,7 @@ def test_what_is_read_can_be_drawn(folder, lines, runs):
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@examples()
-@given(content=spoilt_lines(prompt))
+@examples(content=spoilt_lines(prompt))
 def test_drift_reads_its_prompts_or_tells_their_place(folder, content):
     (folder / "prompts.jsonl").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
@@ -585,3 +586,42 @@ def test_drift_reads_its_prompts_or_tells_their_place(folder, content):
         argv = ["--model", "x", "--start", "y", "--prompts", str(folder / "prompts.jsonl")]
         found_or_told(lambda: drift.main(argv), "prompts.jsonl")
         assert all(turns[-1]["content"].strip() for turns in seen)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "odd: no (runs|evaluations|prompts)|odd/metrics.jsonl: no evaluations"),
+    ('{"eval_displacement/chosen": 1, "label": "x", "prompt": null}\n',
+     "odd.*:1: (step is None|kl is None|no field prompt)")])
+@pytest.mark.parametrize("what", ["runs", "drift", "prompts"])
+def test_an_empty_file_and_a_field_that_is_missing_are_told(what, content, message, tmp_path, monkeypatch):
+    path = tmp_path / "odd"
+    if what == "runs":
+        path.mkdir()
+        (path / "metrics.jsonl").write_text(content)
+    else:
+        path.write_text(content)
+    monkeypatch.setattr(drift, "load_chat", lambda folder: LetterChat())
+    with pytest.raises(ValueError, match=message):
+        if what == "prompts":
+            drift.main(["--model", "x", "--start", "y", "--prompts", str(path)])
+        else:
+            plot.main([what, str(path), "--output", str(tmp_path / "a.png")])
+
+
+def test_a_picture_that_cannot_be_written_is_known_first_and_what_it_replaces_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs.jsonl").write_bytes(as_lines([RUN]))
+    (tmp_path / "a.png").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "drift", lambda file: pytest.fail("long work"))
+        for output in ("absent/a.png", ".", "runs.jsonl"):
+            with pytest.raises((ValueError, OSError), match="cannot be written|input and output are one file"):
+                plot.main(["drift", str(tmp_path / "runs.jsonl"), "--output", str(tmp_path / output)])
+    plot.main(["drift", str(tmp_path / "runs.jsonl"), "--output", str(tmp_path / "a.png")])
+    assert f"replaces {tmp_path}/a.png\n" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--max_new_tokens", "0"], ["--seed", "-1"]])
+def test_flags_of_drift_are_checked_before_models_are_loaded(flags):
+    with pytest.raises(ValueError, match=f"{flags[0][2:]} = {flags[1]}; expected"):
+        drift.main(["--model", "x", "--start", "y", "--prompts", "z", *flags])
