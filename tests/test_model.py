@@ -221,6 +221,13 @@ def test_gradient_of_a_step_equals_transformers(case, folders, load):
     assert largest_difference(gradients(model, packed_losses(model, PACKINGS[2])), expected) <= 5e-5
 
 
+def test_a_new_model_recomputes_nothing_and_computes_where_its_weights_are(folders):
+    model = load_model(folders["llama3"])
+    assert model.recompute is False and model.device == torch.device("cpu")
+    model.compute_device = torch.device("meta")
+    assert model.device == torch.device("meta")
+
+
 @pytest.mark.parametrize("recompute, runs", [(False, 1), (True, 2)])
 def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, folders):
     model, seen = load_model(folders["llama3"]), []
@@ -248,6 +255,13 @@ def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window, attentio
     for ours, theirs in zip((out, *torch.autograd.grad(out, inputs, weights)),
                             (expected, *torch.autograd.grad(expected, inputs, weights))):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_window_that_the_text_fills_takes_the_attention_without_a_mask(monkeypatch):
+    monkeypatch.setattr(model_py, "_window_attention", None)
+    q, k = normal(3, 4, 8), normal(5, 2, 8)
+    for window in (5, 6):
+        assert torch.equal(causal_attention(q, k, k, window), causal_attention(q, k, k))
 
 
 @pytest.mark.parametrize("attention", [causal_attention, cpu.blocked_attention])
@@ -297,6 +311,43 @@ def limit_logits(block, kept, monkeypatch):
 def test_target_logps_passes_gradcheck(blocks):
     states, weight, targets = head()
     assert torch.autograd.gradcheck(lambda s, w: TargetLogps.apply(s, w, targets), (states, weight))
+
+
+def test_the_head_computes_and_keeps_as_many_logits_as_its_comments_say():
+    mib = {device: 4 * n / 2**20 for device, n in model_py.CHUNK_LOGITS.items()}        # of fp32
+    kept = {device: 4 * n / 2**20 for device, n in model_py.KEPT_LOGITS.items()}
+    assert mib == {"cpu": 8, "gpu": 256} and kept == {"cpu": 128, "gpu": 1024}
+    assert model_py.KEPT_LOGITS["gpu"] // 128256 == 2092
+    limits = {"cpu": 1, "gpu": 2}
+    assert model_py._limit(limits, torch.empty(1)) == 1 and model_py._limit(limits, torch.empty(1, device="meta")) == 2
+
+
+def test_blocks_of_the_head_are_no_wider_than_the_limit_and_not_kept_unless_asked(monkeypatch):
+    states, weight, targets = head()
+    for block, width in ((1, 1), (R, 1), (2 * R - 1, 1), (7 * R, 7), (100 * R, V)):
+        limit_logits(block, 2**28, monkeypatch)
+        chunks = [chunk for chunk, *_ in model_py._vocabulary_chunks(states, weight, targets)]
+        assert chunks == [slice(start, min(start + width, V)) for start in range(0, V, width)]
+    limit_logits(7, 2**28, monkeypatch)
+    # One state, so that a block may be one number.
+    for keep in (False, True):
+        _, _, kept = target_logps(states[:1], weight[:1], targets[:1] * 0, keep)
+        assert [exps is not None for exps, _ in kept] == [keep]
+
+
+def test_scoring_keeps_no_logits(folders, monkeypatch):
+    model, asked = load_model(folders["llama2"]), []
+    whole = model_py.target_logps
+
+    def noted(states, weight, targets, keep):
+        asked.append(keep)
+        return whole(states, weight, targets, keep)
+
+    monkeypatch.setattr(model_py, "target_logps", noted)
+    with torch.no_grad():
+        model.response_logps(ROW[0], PAIRS[:1])
+    model.response_logps(ROW[0], PAIRS[:1])
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("block", [2**28, R * V, R * V - 1, 4 * R, 4 * R - 1, R, 1])

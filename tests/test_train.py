@@ -243,6 +243,7 @@ def test_the_work_of_a_step_is_counted_over_ranks_without_fillers(monkeypatch):
     # Three rounds of two ranks. They wait for 4, 10 and 5 tokens.
     work = train.work_of(rows_of(4, -9, 10, 6, 5, 1), seconds=0.5)
     assert work == {"tokens": 26, "micro_batches": 3, "imbalance": 2 * (4 + 10 + 5) / 26, "tokens_per_second": 52}
+    assert type(work["micro_batches"]) is int
 
 
 def test_a_step_is_logged_with_its_metrics_and_the_pairs_that_were_not_finite(monkeypatch):
@@ -258,7 +259,7 @@ def test_a_step_is_logged_with_its_metrics_and_the_pairs_that_were_not_finite(mo
     # A gradient that is not finite may be of any pair.
     outcome = dataclasses.replace(outcome, grad_norm=math.inf, applied=False)
     assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pair.source for pair in pairs]
-    results[1, CHOSEN_REWARD] = math.nan
+    results[1, REJECTED_REWARD] = math.nan
     assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pairs[1].source]
 
 
