@@ -97,7 +97,8 @@ export OMP_NUM_THREADS=1
 cat "$out/job.sh"
 
 # 3. Submitted until it is done.
-for try in 1 2 3 4 5 6 7 8 9; do
+done=
+for try in $(seq 20); do
     job=$(sbatch --parsable --output "$out/job-$try.txt" "$out/job.sh")
     while [ -n "$(squeue --noheader --jobs "$job" --states PENDING,RUNNING,COMPLETING 2>/dev/null)" ]; do
         sleep 1
@@ -107,10 +108,12 @@ for try in 1 2 3 4 5 6 7 8 9; do
     grep -vE "^step [0-9]" "$out/job-$try.txt"
     if grep -q "saved. To load it" "$out/job-$try.txt"; then
         grep -q "JobState=COMPLETED ExitCode=0:0" <<<"$state"
+        done=yes
         break
     fi
     grep -q "stopped  by SIGTERM after step" "$out/job-$try.txt" || { echo "not stopped by the signal"; exit 1; }
 done
+[ -n "$done" ] || { echo "not done after $try submissions"; exit 1; }
 [ "$try" -gt 1 ] || { echo "the job was done before its signal came"; exit 1; }
 
 # 4. The same without Slurm and undisturbed.
