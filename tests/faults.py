@@ -163,7 +163,7 @@ def signals():
                 ends, saved = "stopped", if_stopped
             elif what != "SIGKILL" and if_killed == N_STEPS and name != "all is done":
                 ends = "done"
-            flags = {"save_every": 0} if "last step" in name and if_killed == N_STEPS else {}
+            flags = {"save_every": 0} if if_killed == N_STEPS and "step 2" not in name else {}
             yield Fault(f"{what}: {name}", ends, saved, [(at_call, number, target, when, what, on, *of)], flags=flags)
 
 
@@ -221,7 +221,7 @@ JUDGE_FAULTS = [
     *[judge(name) for name in ("raises", "exits", "panics", "none", "nan", "text", "true", "huge", "longer", "thing")],
     judge("raises_at_last", says="no more money"),
     *[judge(name, says="judge    step 6: ") for name in ("prints", "changes_turns", "changes_folder")],
-    judge("hangs", "stopped", 2, "stopped  by SIGTERM after step 2", seconds=30),
+    judge("hangs", "stopped", 2, "stopped  by SIGTERM after step 2", seconds=60),
 ]
 
 
@@ -407,7 +407,7 @@ class Place:
 
     def argv(self, output, judge="good", save_every=2, keep_last=2):
         flags = {
-            "model": self.model, "data": self.root / "pairs.jsonl", "output": output, "eval_pairs": 8,
+            "model": self.model, "data": self.root / "pairs.jsonl", "output": os.path.relpath(output), "eval_pairs": 8,
             "pairs_per_step": 4, "learning_rate": 1e-4, "eval_every": 2, "save_every": save_every,
             "keep_last": keep_last, "save_dtype": "float32", "judge": f"{self.root}/judges.py:{judge}",
             "judge_prompts": self.root / "prompts.jsonl", "max_new_tokens": 4, "timeout_minutes": 1}
@@ -473,9 +473,11 @@ def check(fault, world, place):
 
     # 3. Resumed, it ends as if nothing had happened.
     if fault.ends != "done":
-        resumed = Ranks(world, folder / "log", train.start, [*place.argv(out, **fault.flags), "--resume"])
+        flags = fault.flags | {"judge": "good"}
+        resumed = Ranks(world, folder / "log", train.start, [*place.argv(out, **flags), "--resume"])
         codes = resumed.join()
-        assert codes == [0] * world, f"{ended}\nresumed: exit codes {codes}\n{resumed.output()}"
+        ended += f"\nresumed: exit codes {codes}\n{resumed.output()}"
+        assert codes == [0] * world and f"step {fault.saved}/" not in resumed.output(), ended
     assert_same_model(out / "step-000006", expected / "step-000006")
     if fault.ignored is not None:
         assert_same_metrics(out, expected, fault.ignored)
