@@ -57,7 +57,10 @@ def ask(judge, turns, answer):
     try:
         # Copies: a judge that changes its turns changes no other's.
         score = judge([dict(turn) for turn in turns], answer)
-    except (Exception, SystemExit) as e:
+    except (Stop, KeyboardInterrupt):
+        raise
+    # A panic in a library written in Rust, sys.exit and asyncio's CancelledError are no Exceptions.
+    except BaseException as e:
         raise RuntimeError(f"failed with {type(e).__name__}: {e}") from e
     # Scalars of numpy and torch are numbers too, the text of a number is none. An object may raise
     # anything, and Python does not spell whole numbers of more than 4,300 digits.
