@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -136,7 +138,7 @@ PHASES = [
     ("before SHA256SUMS of step 4", (2, "checkpoint.write_sums", "before"), "all", 2, 4),
     ("before step 4 gets its name", (2, "checkpoint.write_sums", "after"), "all", 2, 4),
     ("step 4 has its name", (2, "checkpoint._delete_old", "before"), 0, 4, 4),
-    ("step 2 is being deleted", (1, "checkpoint.shutil.rmtree", "before", "step-000002.incomplete'), ()"), 0, 6, 6),
+    ("step 2 is being deleted", (2, "checkpoint.shutil.rmtree", "before", "step-000002.incomplete')"), 0, 6, 6),
     ("step 4 is saved", (2, "train.save_checkpoint", "after"), "all", 4, 4),
     ("evaluating step 4", (9, "train.run_rows", "before"), "all", 4, 4),
     ("the judge scores step 4", (6, "judge.ask", "before"), 0, 4, 4),
@@ -146,8 +148,8 @@ PHASES = [
     ("evaluating the last step", (13, "train.run_rows", "before"), "all", 6, 6),
     ("the judge scores the last step", (8, "judge.ask", "before"), 0, 6, 6),
     ("before train_state is removed", (1, "train.finish_checkpoint", "before"), 0, 6, None),
-    ("half of train_state is removed", (1, "checkpoint.shutil.rmtree", "before", "train_state"), 0, 6, None),
-    ("train_state is empty", (1, "os.rmdir", "before", "train_state"), 0, 6, None),
+    ("half of train_state is removed", (1, "checkpoint.shutil.rmtree", "before", "/train_state')"), 0, 6, None),
+    ("train_state is empty", (1, "os.rmdir", "before", "train_state'"), 0, 6, None),
     ("all is done", (1, "train.leave_ranks", "before"), "all", 6, None),
 ]
 
