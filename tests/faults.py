@@ -160,38 +160,39 @@ def signals():
         for what in ("SIGKILL", "SIGTERM", "SIGINT"):
             # Launchers send SIGTERM to all ranks; the others come to one.
             on = 0 if rank_0_alone else "all" if what == "SIGTERM" else "last"
-            ends, saved = "killed", if_killed
+            ends, saved, says = "killed", if_killed, ""
             if what != "SIGKILL" and if_stopped is not None:
-                ends, saved = "stopped", if_stopped
+                ends, saved, says = "stopped", if_stopped, f"stopped  by {what} after step {if_stopped};"
             elif what != "SIGKILL" and if_killed == N_STEPS and name != "all is done":
                 ends = "done"
             flags = {"save_every": 0} if if_killed == N_STEPS and "step 2" not in name else {}
-            yield Fault(f"{what}: {name}", ends, saved, [(at_call, number, target, when, what, on, *of)], flags=flags)
+            changes = [(at_call, number, target, when, what, on, *of)]
+            yield Fault(f"{what}: {name}", ends, saved, changes, says, flags)
 
 
 SIGNALS = [
     *signals(),
     Fault("SIGKILL: half a line of step 3 is logged", "killed", 2, [
         (at_call, 4, "train.log_metrics", "after", ranks.log_half_a_line, 0)]),
-    Fault("SIGTERM and once more: in step 3", "killed", 2, [(at_call, 3, "train.train_step", "before", "SIGTERM SIGTERM")]),
-    Fault("SIGTERM and SIGINT at once: in step 3", "stopped", 3, [
-        (at_call, 3, "train.train_step", "before", "SIGTERM", 0),
-        (at_call, 3, "train.train_step", "before", "SIGTERM", "last")]),
+    Fault("SIGTERM and once more: in step 3", "killed", 2, [
+        (at_call, 3, "train.train_step", "before", "SIGTERM SIGTERM")]),
     Fault("SIGTERM, then SIGKILL while step 3 is saved", "killed", 2, [
         (at_call, 3, "train.train_step", "before", "SIGTERM"),
         (at_call, 2, "checkpoint.write_sums", "before", "SIGKILL", "last")]),
-    Fault("SIGTERM: save_every 0, step 3", "stopped", 3, [(at_call, 3, "train.train_step", "before", "SIGTERM", "last")],
-          flags={"save_every": 0}),
+    Fault("SIGTERM: save_every 0, step 3", "stopped", 3, [
+        (at_call, 3, "train.train_step", "before", "SIGTERM", "last")], flags={"save_every": 0}),
 ]
 
 
 def full_disks():
     at_start = [("run.json", "*/run.*"), ("config.toml", "*/out/config.*"), ("metrics.jsonl", "*/out/metrics.*.tmp*")]
     for name, pattern in at_start:
-        yield Fault(f"disk full: {name} at the start", "error", 0, [(ranks.no_room, pattern)], f"{name}: cannot be written")
+        yield Fault(f"disk full: {name} at the start", "error", 0, [(ranks.no_room, pattern)],
+                    f"{name}: cannot be written")
     later = [("metrics.jsonl", "*/out/metrics.jsonl"), ("answers", "*/answers-*")]
     for name, pattern in later:
-        yield Fault(f"disk full: {name}, four times", "done", N_STEPS, [(ranks.no_room, pattern, 4)], "note .*cannot be written")
+        yield Fault(f"disk full: {name}, four times", "done", N_STEPS, [(ranks.no_room, pattern, 4)],
+                    "note .*cannot be written")
     in_checkpoint = [
         ("the folder", ""), ("index", "/model.safetensors.index.json"), ("weights", "/model.safetensors"),
         ("tokenizer", "/tokenizer_config.json"), ("tensors of one rank", "/train_state/__0_*"),
@@ -278,17 +279,16 @@ def damage_both(out):
 def name_wrongly(out):
     (out / "step-000004").rename(out / "step-latest")
     (out / "step-9").mkdir()
-    (out / "step-000005.incomplete").write_text("a file")
-    (out / "step-000006").write_text("a file")
-
-
-def replace_by_a_file(out):
-    remove("step-000004", out)
-    (out / "step-000004").write_text("a file")
+    (out / "step-000005.incomplete").mkdir()
+    (out / "step-000006").mkdir()
 
 
 def as_a_later_step(out):
     (out / "step-000004").rename(out / "step-000005")
+
+
+def damage(name, cut_back, says="", ends="done", saved=N_STEPS, changes=(), **others):
+    return Fault(f"damage: {name}", ends, saved, list(changes), says, cut_back=cut_back, **others)
 
 
 def damaged():
@@ -296,23 +296,22 @@ def damaged():
         for how in (flip, empty, halve):
             # Checksums that lack a line do not show that something else is damaged.
             says = "" if kind == "SHA256SUMS" else r"passing over .*step-000004: .* is damaged"
-            yield Fault(f"damage: {how.__name__} {kind}", "done", cut_back=partial(how, f"train_state/{kind}"), says=says)
+            yield damage(f"{how.__name__} {kind}", partial(how, f"train_state/{kind}"), says)
         says = "it has no train_state" if kind == ".metadata" else "is damaged"
-        yield Fault(f"damage: remove {kind}", "done", cut_back=partial(remove, f"step-000004/train_state/{kind}"),
-                    says=f"passing over .*step-000004: .*{says}.*" )
+        yield damage(f"remove {kind}", partial(remove, f"step-000004/train_state/{kind}"),
+                     f"passing over .*step-000004: .*{says}")
     for file in ("train_state", "model.safetensors", "config.json"):
-        yield Fault(f"damage: remove {file}", "done", cut_back=partial(remove, f"step-000004/{file}"), says="passing over")
-    yield Fault("damage: remove the folder", "done", cut_back=partial(remove, "step-000004"), says="step-000002, 4 steps")
-    yield Fault("damage: remove all folders", "done", cut_back=partial(remove, "step-*"), says="step 1/6")
-    yield Fault("damage: remove metrics.jsonl", "done", cut_back=partial(remove, "metrics.jsonl"), ignored=None)
-    yield Fault("damage: remove config.toml", "done", cut_back=partial(remove, "config.toml"))
-    yield Fault("damage: a file for a folder", "done", cut_back=replace_by_a_file, says="passing over")
-    yield Fault("damage: names", "done", cut_back=name_wrongly, says="passing over .*step-latest")
-    yield Fault("damage: step 4 is called step 5", "error", 2, cut_back=as_a_later_step, says="step-000005")
-    yield Fault("damage: both checkpoints", "error", 0, cut_back=damage_both, says="none of its checkpoints can be gone on")
-    yield Fault("damage: a forged .metadata", "error", 2, cut_back=forge, says=r"step-000004/train_state: cannot be read")
-    yield Fault("damage: SIGKILL between the two renames", "killed", 2, cut_back=partial(flip, "train_state/.metadata"),
-                changes=[(at_call, 1, "pathlib.Path.rename", "after", "SIGKILL", 0, "step-000004.replaced.incomplete")])
+        yield damage(f"remove {file}", partial(remove, f"step-000004/{file}"), "passing over")
+    yield damage("remove the folder", partial(remove, "step-000004"), "step-000002, 4 steps")
+    yield damage("remove all folders", partial(remove, "step-*"), "step 1/6")
+    yield damage("remove metrics.jsonl", partial(remove, "metrics.jsonl"), ignored=None)
+    yield damage("remove config.toml", partial(remove, "config.toml"))
+    yield damage("names", name_wrongly, "passing over .*step-latest")
+    yield damage("step 4 is called step 5", as_a_later_step, "step-000005.*holds step 4", "error")
+    yield damage("both checkpoints", damage_both, "none of its checkpoints can be gone on", "error")
+    yield damage("a forged .metadata", forge, "step-000004/train_state: cannot be read .*describes no tensor", "error")
+    between = (at_call, 1, "pathlib.Path.rename", "after", "SIGKILL", 0, "step-000004.replaced.incomplete")
+    yield damage("SIGKILL between two renames", partial(flip, "train_state/.metadata"), "", "killed", 2, [between])
 
 
 # --- launchers, streams, clocks, second jobs --------------------------------------------------------------------------
@@ -349,7 +348,7 @@ def two_jobs(place, world, argv, changes):
     for more in ([], ["--resume"]):
         second = Ranks(world, place / "second", train.start, [*argv, *more])
         assert second.join() == [1] * world, second.output()
-        holder = f"out/.lock: process {first.processes[0].pid} on {os.uname().nodename}, since .* is at work on this output"
+        holder = f"out/.lock: process {first.processes[0].pid} on {os.uname().nodename}, since .* is at work"
         assert re.search(holder, one_error(second.output())), second.output()
     return first.join(), first.output()
 
@@ -404,7 +403,8 @@ class Place:
         rows = [json.loads(line) for line in (TINY / "pairs.jsonl").read_text().splitlines()]
         rows = [row for row in rows if max(row["all_rm_scores"]) > min(row["all_rm_scores"])][:32]
         (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (root / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n{"prompt": "Sort: fern, ash"}\n')
+        prompts = '{"prompt": "Sort these words: owl, moss"}\n{"prompt": "Sort these words: fern, ash"}\n'
+        (root / "prompts.jsonl").write_text(prompts)
         (root / "judges.py").write_text(JUDGES)
 
     def argv(self, output, judge="good", save_every=2, keep_last=2):
@@ -464,7 +464,7 @@ def check(fault, world, place):
 
     # 2. What was due to be saved is there, and whatever bears the name of a checkpoint is whole.
     if not fault.cut_back or fault.ends == "done":
-        found = {int(path.name[5:]): path for path in out.glob("step-??????")}
+        found = {int(path.name[5:]): path for path in out.glob("step-[0-9]?????")}
         assert max(found, default=0) >= fault.saved, ended
         for step, path in found.items():
             assert_same_model(path, expected / path.name) if step in (2, 4, 6) else None
