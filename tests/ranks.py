@@ -79,6 +79,7 @@ class Ranks:
 def _rank(env, log, function, args):
     os.environ |= {name: str(value) for name, value in env.items()}
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs ignore it
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     function(*args)
 
