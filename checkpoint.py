@@ -316,8 +316,8 @@ def load_checkpoint(folder, model, optimizer, progress):
             progress[name] = state[f"progress.{name}"].item()
     # A folder that was renamed: steps would be left out, or logged twice.
     if progress["step"] != int(folder.name[5:]):
-        raise ValueError(f"{folder}: its train_state holds step {progress['step']}; expected that of "
-                         "its name. Give it its own name back")
+        raise ValueError(f"{folder}: its train_state holds step {progress['step']}; expected that "
+                         "of its name. Give it its own name back")
 
 
 class TensorReader(dcp.FileSystemReader):

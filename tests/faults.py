@@ -377,7 +377,7 @@ OTHERS = [
     Fault("clock: goes back, SIGTERM", "stopped", 3, [
         (ranks.clock_goes_back,), (at_call, 3, "train.train_step", "before", "SIGTERM")]),
 ]
-FAULTS = {f.name: f for f in [*SIGNALS, *full_disks(), *JUDGE_FAULTS, *damaged(), *OTHERS]}
+FAULTS = {f.name: f for f in [*OTHERS, *full_disks(), *damaged(), *JUDGE_FAULTS, *SIGNALS]}
 
 
 # --- the rule -------------------------------------------------------------------------------------------------------
@@ -552,8 +552,13 @@ def main():
             failed.append(case)
         print(f"{verdict:6s} {time.monotonic() - began:5.1f} s  {world} ranks  {fault.name}{why}", flush=True)
 
+    # First each fault on one number of ranks, in turns, then on the others: what is wrong shows early.
+    cases = []
+    for turn in range(len(args.worlds)):
+        for i, fault in enumerate(chosen):
+            cases.append((fault, args.worlds[(i + turn) % len(args.worlds)]))
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, [(fault, world) for fault in chosen for world in args.worlds]))
+        list(pool.map(run, cases))
     print(f"{len(chosen)} faults on {args.worlds} ranks: {len(failed)} failed")
     shutil.rmtree(place.root)
     sys.exit(bool(failed))
