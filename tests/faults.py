@@ -191,8 +191,9 @@ def full_disks():
                     f"{name}: cannot be written")
     later = [("metrics.jsonl", "*/out/metrics.jsonl"), ("answers", "*/answers-*")]
     for name, pattern in later:
-        yield Fault(f"disk full: {name}, four times", "done", N_STEPS, [(ranks.no_room, pattern, 4)],
-                    "note .*cannot be written")
+        full = partial(ranks.no_room, pattern, 4)
+        yield Fault(f"disk full: {name}, four times", "done", N_STEPS, [
+            (at_call, 1, "train.write_config", "after", full)], "note .*cannot be written")
     in_checkpoint = [
         ("the folder", ""), ("index", "/model.safetensors.index.json"), ("weights", "/model.safetensors"),
         ("tokenizer", "/tokenizer_config.json"), ("tensors of one rank", "/train_state/__0_*"),
