@@ -11,7 +11,7 @@ import math
 import traceback
 import types
 from collections import Counter
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 from data.files import is_finite_number, read_jsonl, write_records
@@ -55,8 +55,10 @@ def ask(judge, turns, answer):
     """The score that a judge gives an answer, a finite float. ValueError tells what else it gave,
     RuntimeError that it failed; the error of the judge itself is its cause."""
     try:
-        # Copies: a judge that changes its turns changes no other's.
-        score = judge([dict(turn) for turn in turns], answer)
+        # Copies: a judge that changes its turns changes no other's. And one that changes the working
+        # directory does not take it from the paths of a run.
+        with chdir("."):
+            score = judge([dict(turn) for turn in turns], answer)
     except (Stop, KeyboardInterrupt):
         raise
     # A panic in a library written in Rust, sys.exit and asyncio's CancelledError are no Exceptions.
