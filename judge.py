@@ -55,7 +55,7 @@ def ask(judge, turns, answer):
     """The score that a judge gives an answer, a finite float. ValueError tells what else it gave,
     RuntimeError that it failed; the error of the judge itself is its cause."""
     try:
-        # Copies: a judge that changes its turns changes no other's. And one that changes the working
+        # Copies: a judge that changes its turns changes no other's. One that changes the working
         # directory does not take it from the paths of a run.
         with chdir("."):
             score = judge([dict(turn) for turn in turns], answer)
