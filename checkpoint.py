@@ -323,16 +323,30 @@ def load_checkpoint(folder, model, optimizer, progress):
     for name, value in progress.items():
         if isinstance(value, int):
             progress[name] = state[f"progress.{name}"].item()
+    # A folder that was renamed: steps would be left out, or logged twice.
+    if progress["step"] != int(folder.name[5:]):
+        raise ValueError(f"{folder}: its train_state holds step {progress['step']}; expected that "
+                         "of its name. Give it its own name back")
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Reads .metadata, a pickle, without running what it may hold."""
+    """Reads .metadata, a pickle, without running what it may hold. ValueError if it cannot be
+    read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        # Here and not when torch asks: it would log a failure with a traceback, twice on each rank.
+        try:
+            with open(folder / ".metadata", "rb") as f:
+                self.metadata = MetadataUnpickler(f).load()
+        except Exception as e:          # a pickle may raise anything
+            raise ValueError(
+                f"{folder}/.metadata: cannot be read ({e}); it may be damaged or forged. Move the "
+                "checkpoint's folder away to go on from the one before it") from e
 
     def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path) / ".metadata", "rb") as f:
-            metadata = MetadataUnpickler(f).load()
-        metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
-        return metadata
+        self.metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
+        return self.metadata
 
 
 class TensorPlanner(dcp.DefaultLoadPlanner):
@@ -381,6 +395,9 @@ def damage(folder):
     def mine():
         try:
             lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+            listed = {line.split("  ")[-1] for line in lines}
+            if listed != {".metadata"} | {file.name for file in folder.glob("*.distcp")}:
+                return f"{folder / SUMS} does not list the files that are there"
             for line in lines[dist.get_rank()::dist.get_world_size()]:
                 expected, name = line.split("  ")
                 if sha256(folder / name) != expected:

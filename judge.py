@@ -11,7 +11,7 @@ import math
 import traceback
 import types
 from collections import Counter
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 from data.files import is_finite_number, read_jsonl, write_records
@@ -55,9 +55,14 @@ def ask(judge, turns, answer):
     """The score that a judge gives an answer, a finite float. ValueError tells what else it gave,
     RuntimeError that it failed; the error of the judge itself is its cause."""
     try:
-        # Copies: a judge that changes its turns changes no other's.
-        score = judge([dict(turn) for turn in turns], answer)
-    except (Exception, SystemExit) as e:
+        # Copies: a judge that changes its turns changes no other's. One that changes the working
+        # directory does not take it from the paths of a run.
+        with chdir("."):
+            score = judge([dict(turn) for turn in turns], answer)
+    except (Stop, KeyboardInterrupt):
+        raise
+    # A panic in a library written in Rust, sys.exit and asyncio's CancelledError are no Exceptions.
+    except BaseException as e:
         raise RuntimeError(f"failed with {type(e).__name__}: {e}") from e
     # Scalars of numpy and torch are numbers too, the text of a number is none. An object may raise
     # anything, and Python does not spell whole numbers of more than 4,300 digits.
