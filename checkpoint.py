@@ -286,6 +286,8 @@ def finish_checkpoint(folder):
     if state.exists():
         (state / ".metadata").unlink(missing_ok=True)       # half of it is none: see _look_at
         shutil.rmtree(state)
+    # What a run left that was killed while it deleted: no save follows that would.
+    _delete_old(folder.parent, int(folder.name[5:]), keep_last=0)
 
 
 def _delete_old(output, step, keep_last):
