@@ -167,7 +167,8 @@ def signals():
                 ends, saved, says = "stopped", if_stopped, f"stopped  by {what} after step {if_stopped};"
             elif what != "SIGKILL" and if_killed == N_STEPS and name != "all is done":
                 ends = "done"
-            flags = {"save_every": 0} if if_killed == N_STEPS and "step 2" not in name else {}
+            # At the end, with the default: there is no other checkpoint.
+            flags = {"save_every": 0} if if_killed == N_STEPS and number not in (2, 3) else {}
             changes = [(at_call, number, target, when, what, on, *of)]
             yield Fault(f"{what}: {name}", ends, saved, changes, says, flags)
 
@@ -344,10 +345,10 @@ def alive(pid):
 
 
 def two_jobs(place, world, argv, changes):
-    """A second job on the folder of one that is at work, with --resume and without."""
+    """A second job on the folder of one that is at work, with --resume and without it."""
     first = Ranks(world, place / "log", ranks.start_with, ranks.slow_pairs, 0.1, argv)
     wait_for(lambda: "step 1/6" in first.output(), place)
-    for more in ([], ["--resume"]):
+    for more in (["--resume"], []):
         second = Ranks(world, place / "second", train.start, [*argv, *more])
         assert second.join() == [1] * world, second.output()
         holder = f"out/.lock: process {first.processes[0].pid} on {os.uname().nodename}, since .* is at work"
@@ -368,7 +369,7 @@ def into_a_pipe(place, world, argv, changes):
 
 
 OTHERS = [
-    Fault("launcher: SIGKILL in a step", "stopped", 2, start=under_torchrun),
+    Fault("launcher: SIGKILL in a step", "stopped", 2, start=under_torchrun, says="stopped  by SIGTERM after step"),
     Fault("two jobs: on one folder", "done", start=two_jobs),
     Fault("streams: stdout is gone", "done", N_STEPS, [(ranks.streams_gone, "stdout")]),
     Fault("streams: stdout and stderr are gone", "done", N_STEPS, [(ranks.streams_gone, "stdout", "stderr")]),
