@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: help train check test soak bench
+.PHONY: help train check test faults mutants soak bench
 
 help:           ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,12 @@ check: .venv/installed-tests    ## the linter: the rules of ruff.toml
 
 test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
 	.venv/bin/python -m pytest $(ARGS)
+
+mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
+	.venv/bin/python tests/mutants.py $(ARGS)
+
+faults: .venv/installed-tests   ## 150 faults on one and two ranks; ARGS="SIGTERM judge" picks by words; half an hour on 2 cores
+	.venv/bin/python tests/faults.py $(ARGS)
 
 soak: .venv/installed           ## 2,000 steps: memory, time, metrics, learning rate; ARGS="--ranks 2"; 3 minutes
 	.venv/bin/python tests/soak.py $(ARGS)

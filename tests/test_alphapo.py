@@ -6,6 +6,7 @@ flow.
 import ast
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_reward_keeps_its_digits_at_small_alpha_where_the_naive_form_loses_them(
     relative_error = lambda rewards: (rewards / exact - 1).abs().max()
     assert relative_error(naive_rewards(logps.tolist(), alpha, 2.5)) > digits_lost
     assert relative_error(alphapo_reward(logps, alpha=alpha, beta=2.5)) < 1e-12
+
+
+@pytest.mark.parametrize("alpha", [-1e-6, -1e-3, -0.5, -1.0])
+def test_rewards_and_their_derivatives_keep_all_digits_where_alpha_is_negative(alpha):
+    # exp(x) - 1 is wrong by 1e-10 of itself at x = -1e-6, and expm1(x) + 1 by 4e-16 of exp(x) at x = -2.
+    logps = torch.linspace(-1.9999, -0.0099, 500, dtype=torch.float64, requires_grad=True)
+    rewards = alphapo_reward(logps, alpha=alpha, beta=1.0)
+    rewards.sum().backward()
+    for logp, reward, slope in zip(numbers(*logps.detach()), rewards.tolist(), logps.grad.tolist()):
+        assert abs(reward / (-mpmath.expm1(-alpha * logp) / alpha) - 1) < 1e-15
+        assert abs(slope / mpmath.exp(-alpha * logp) - 1) < (2.5e-16 if -alpha * logp < -1 else 6e-16)
 
 
 # --- the paper's numbers --------------------------------------------------------------------------
@@ -333,6 +345,20 @@ def test_dpo_loss_and_gradients_follow_its_formula():
             (-pull, pull), rel=1e-6)
 
 
+def test_dpo_loss_subtracts_in_float64():
+    # Numbers that are not within a factor of 2 of each other: their difference in float32 is rounded.
+    chosen, rejected, chosen_ref, rejected_ref = (torch.tensor([x]) for x in (-1000.1, -0.3, -0.7, -900.9))
+    _, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta=1.0)
+    assert chosen_rewards.item() == chosen.item() - chosen_ref.item() != (chosen - chosen_ref).item()
+    assert rejected_rewards.item() == rejected.item() - rejected_ref.item() != (rejected - rejected_ref).item()
+
+
+def test_dpo_loss_keeps_the_digits_of_float64():
+    values = -1000.1, -0.3, -0.7, -900.9
+    _, chosen_rewards, rejected_rewards = dpo_loss(*(torch.tensor([x], dtype=torch.float64) for x in values), beta=1.0)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == (-1000.1 + 0.7, -0.3 + 900.9)
+
+
 def test_losses_come_in_float64_with_the_rewards_detached():
     chosen, rejected = torch.tensor([[-0.5, -0.8], [-0.7, -0.6]], requires_grad=True)
     triples = [alphapo_loss(chosen, rejected, alpha=0.25, beta=2.5, gamma_beta_ratio=0.1),
@@ -386,6 +412,12 @@ def test_displacement_is_measured_from_the_start():
         "displacement/chosen": -0.25, "displacement/rejected": -1.5, "displacement/fell": 0.5}
 
 
+def test_shares_of_pairs_are_float64():
+    better, worse = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    assert pair_metrics(better, worse, better, worse)["rewards/accuracies"].item() == 1 / 3
+    assert displacement_metrics(better, better, worse, worse)["displacement/fell"].item() == 2 / 3
+
+
 def test_log_probs_of_different_shapes_are_refused():
     pairs, column = torch.zeros(2), torch.zeros(2, 1)
     with pytest.raises(ValueError, match=r"\(2,\), \(2, 1\)"):
@@ -395,7 +427,8 @@ def test_log_probs_of_different_shapes_are_refused():
     for odd_one in range(4):
         logps = [pairs] * 4
         logps[odd_one] = column
-        with pytest.raises(ValueError, match="different shapes"):
+        shapes = [tuple(x.shape) for x in logps]
+        with pytest.raises(ValueError, match=re.escape(f"different shapes, {shapes}")):
             dpo_loss(*logps, beta=0.1)
 
 

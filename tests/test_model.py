@@ -221,6 +221,20 @@ def test_gradient_of_a_step_equals_transformers(case, folders, load):
     assert largest_difference(gradients(model, packed_losses(model, PACKINGS[2])), expected) <= 5e-5
 
 
+def test_a_new_model_recomputes_nothing_and_computes_where_its_weights_are(folders):
+    model = load_model(folders["llama3"])
+    assert model.recompute is False and model.device == torch.device("cpu")
+    model.compute_device = torch.device("meta")
+    assert model.device == torch.device("meta")
+    with pytest.raises(AttributeError):
+        model.config.window = 5                     # the layers have been made for another
+
+
+def test_bf16_weights_compute_in_bf16(folders):
+    with torch.no_grad():
+        assert load_model(folders["llama3"], torch.bfloat16)(TOKENS).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("recompute, runs", [(False, 1), (True, 2)])
 def test_recompute_runs_each_block_again_in_the_backward_pass(recompute, runs, folders):
     model, seen = load_model(folders["llama3"]), []
@@ -248,6 +262,13 @@ def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window, attentio
     for ours, theirs in zip((out, *torch.autograd.grad(out, inputs, weights)),
                             (expected, *torch.autograd.grad(expected, inputs, weights))):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_window_that_the_text_fills_takes_the_attention_without_a_mask(monkeypatch):
+    monkeypatch.setattr(model_py, "_window_attention", None)
+    q, k = normal(3, 4, 8), normal(5, 2, 8)
+    for window in (5, 6):
+        assert torch.equal(causal_attention(q, k, k, window), causal_attention(q, k, k))
 
 
 @pytest.mark.parametrize("attention", [causal_attention, cpu.blocked_attention])
@@ -299,6 +320,47 @@ def test_target_logps_passes_gradcheck(blocks):
     assert torch.autograd.gradcheck(lambda s, w: TargetLogps.apply(s, w, targets), (states, weight))
 
 
+def test_the_head_computes_and_keeps_as_many_logits_as_its_comments_say():
+    mib = {device: 4 * n / 2**20 for device, n in model_py.CHUNK_LOGITS.items()}        # of fp32
+    kept = {device: 4 * n / 2**20 for device, n in model_py.KEPT_LOGITS.items()}
+    assert mib == {"cpu": 8, "gpu": 256} and kept == {"cpu": 128, "gpu": 1024}
+    assert model_py.KEPT_LOGITS["gpu"] // 128256 == 2092
+    limits = {"cpu": 1, "gpu": 2}
+    assert model_py._limit(limits, torch.empty(1)) == 1 and model_py._limit(limits, torch.empty(1, device="meta")) == 2
+
+
+def test_blocks_of_the_head_are_no_wider_than_the_limit_and_not_kept_unless_asked(monkeypatch):
+    states, weight, targets = head()
+    for block, width in ((1, 1), (R, 1), (2 * R - 1, 1), (7 * R, 7), (100 * R, V)):
+        limit_logits(block, 2**28, monkeypatch)
+        chunks = [chunk for chunk, *_ in model_py._vocabulary_chunks(states, weight, targets)]
+        assert chunks == [slice(start, min(start + width, V)) for start in range(0, V, width)]
+    for limit, n_kept in ((14 * R - 1, 1), (14 * R, 2), (V * R, 4), (0, 0)):
+        limit_logits(7 * R, limit, monkeypatch)
+        _, _, kept = target_logps(states, weight, targets, keep=True)
+        assert [exps is not None for exps, _ in kept] == [True] * n_kept + [False] * (4 - n_kept)
+    limit_logits(7, 2**28, monkeypatch)
+    # One state, so that a block may be one number.
+    for keep in (False, True):
+        _, _, kept = target_logps(states[:1], weight[:1], targets[:1] * 0, keep)
+        assert [exps is not None for exps, _ in kept] == [keep]
+
+
+def test_scoring_keeps_no_logits(folders, monkeypatch):
+    model, asked = load_model(folders["llama2"]), []
+    whole = model_py.target_logps
+
+    def noted(states, weight, targets, keep):
+        asked.append(keep)
+        return whole(states, weight, targets, keep)
+
+    monkeypatch.setattr(model_py, "target_logps", noted)
+    with torch.no_grad():
+        model.response_logps(ROW[0], PAIRS[:1])
+    model.response_logps(ROW[0], PAIRS[:1])
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize("block", [2**28, R * V, R * V - 1, 4 * R, 4 * R - 1, R, 1])
 @pytest.mark.parametrize("kept", [2**28, R * V, R * V - 1, 9 * R, 1, 0])
 def test_blocks_of_any_size_equal_log_softmax_in_value_and_gradient(block, kept, monkeypatch):
@@ -328,6 +390,36 @@ def test_the_head_adds_the_gradient_of_all_groups_as_autograd_has_it(blocks, fol
     assert sum(values).item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(torch.cat(grad_states), by_autograd[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(grad_weight - 1, by_autograd[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [
+    (-200, -200, -200), (0, -100, -300), (-300, -100, 0), (-200, 0, -95), (150, 0, 150)])
+def test_logits_of_any_size_neither_overflow_nor_vanish(levels, monkeypatch):
+    """Three blocks of 7 tokens, whose logits lie about these levels. exp(89) and exp(-104) are beyond fp32."""
+    limit_logits(R * 7, R * 7, monkeypatch)
+    states, weight, _ = head(torch.float32, vocab=21)
+    with torch.no_grad():
+        states[:, 0] = 1
+        weight[:, 0] = torch.tensor(levels).repeat_interleave(7)
+    for targets in (torch.arange(R), torch.arange(R) + 21 - R):
+        logps = TargetLogps.apply(states, weight, targets)
+        exact = [x.detach().double().requires_grad_() for x in (states, weight)]
+        expected = (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(R), targets]
+        torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-4)      # fp32 at 300
+        for grad, by_autograd in zip(head_gradients(logps, states, weight), head_gradients(expected, *exact)):
+            torch.testing.assert_close(grad.double(), by_autograd, rtol=1e-3, atol=0.05)
+
+
+def test_gradients_of_bf16_states_are_summed_over_blocks_in_fp32(monkeypatch):
+    # 600 blocks that add the same to a gradient: a sum in bf16 stays as it is from the 256th on.
+    limit_logits(R, 0, monkeypatch)
+    states, weight = torch.zeros(R, 2, dtype=torch.bfloat16), torch.ones(600, 2, dtype=torch.bfloat16)
+    targets = torch.full((R,), 599)
+    logps, *kept = target_logps(states, weight, targets, keep=True)
+    grad_weight = torch.zeros_like(weight)
+    # The target's weight is taken once and all 600 are given back, each times its probability.
+    grad_states = target_logps_backward(torch.ones(R), states, weight, targets, *kept, grad_weight)
+    assert grad_states.dtype == torch.bfloat16 and grad_states.abs().max() <= 0.01
 
 
 def test_a_retained_graph_gives_the_same_gradient_again(blocks):

@@ -1,13 +1,16 @@
 """Reading, dropping, order and packing of preference pairs. Run: pytest tests/test_preference.py"""
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from data.preference import (PreferencePair, content_hash, epoch_steps, hold_out, keep_pairs,
-                             load_pairs, pack, parse_record, read_kept_pairs)
+from data.files import Dropped
+from data.preference import (PreferencePair, are_finite_numbers, as_answers, best_against_worst, content_hash,
+                             encode_pair, epoch_steps, hold_out, keep_pairs, load_pairs, pack, parse_record,
+                             read_kept_pairs)
 
 
 class LetterChat:
@@ -84,13 +87,19 @@ def test_drops_are_counted_by_reason_and_nothing_is_cut(tmp_path):
         fine | {"rejected": ""},
         fine | {"prompt": "q" * 49}, fine | {"prompt": "q" * 48},       # 51 and 50 tokens
         # 101 and 100 tokens as a sequence
-        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96},
+        fine | {"chosen": "a" * 97}, fine | {"rejected": "a" * 96}, fine | {"rejected": "a" * 97},
         {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1.0]})
     assert [pair.source.rsplit(":")[-1] for pair in pairs] == ["1", "7", "9"]
     assert len(pairs[1].prompt) == 50 and len(pairs[2].rejected) == 97
     assert dropped == {"answers that differ only in white space, which the chat format strips": 1,
                        "an empty answer": 2, "prompt over max_prompt_length = 50": 1,
-                       "prompt with response over max_length = 100": 1, "all scores equal": 1}
+                       "prompt with response over max_length = 100": 2, "all scores equal": 1}
+
+
+def test_of_equally_good_and_of_equally_bad_answers_the_first_is_taken():
+    row = {"prompt": "q", "all_generated_responses": list("abcdefg"), "all_rm_scores": [1, 3, 0, 3.0, 2, 0, 1]}
+    _, chosen, rejected = parse_record(row)
+    assert (chosen, rejected) == ("b", "c")
 
 
 BAD_ROWS = {
@@ -118,9 +127,18 @@ BAD_ROWS = {
                                  "all_rm_scores": [1]},
     "list of finite numbers": {"prompt": "q", "all_generated_responses": ["a", "b"],
                                "all_rm_scores": [1, "2"]},
+    "all_rm_scores; expected a list of finite numbers": {
+        "prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [0, True]},
     "all_rm_scores[1] is NaN, which JSON does not have": {"prompt": "q",
                                                           "all_generated_responses": ["a", "b"],
                                                          "all_rm_scores": [1, math.nan]},
+    "no field prompt beside all_generated_responses": {"all_generated_responses": ["a", "b"],
+                                                       "all_rm_scores": [1, 2]},
+    "fields ['all_generated_responses', 'prompt']; expected chosen and": {
+        "prompt": "q", "all_generated_responses": ["a", "b"]},
+    "fields ['all_rm_scores', 'prompt']; expected chosen and": {"prompt": "q", "all_rm_scores": [1, 2]},
+    "all_generated_responses; expected a list of strings": {
+        "prompt": "q", "all_generated_responses": "ab", "all_rm_scores": [1, 2]},
     "expected a list of strings": {"prompt": "q", "all_generated_responses": ["a", 1],
                                    "all_rm_scores": [1, 2]},
 }
@@ -131,6 +149,62 @@ def test_a_malformed_line_is_an_error_that_names_file_and_line(message, tmp_path
     with pytest.raises(ValueError) as error:
         load(tmp_path, SHAPES["three strings"], BAD_ROWS[message])
     assert message in str(error.value) and f"{tmp_path}/pairs.jsonl:2: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_one_answer_beside_scored_ones_is_ignored(name):
+    prompt, chosen, rejected = parse_record(SHAPES["scored responses"] | {name: "other"})
+    assert (chosen, rejected) == ("good", "bad")
+
+
+def test_only_a_list_of_finite_numbers_is_one():
+    assert are_finite_numbers([1, -2.5]) is True and are_finite_numbers([]) is True
+    for values in (3, None, "12", (1, 2), [1, math.inf], [math.nan, 1], [True, 1], ["1"], [None]):
+        assert are_finite_numbers(values) is False
+
+
+def test_text_that_is_laid_out_already_is_refused_by_default(tmp_path):
+    laid_out = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    pair = SHAPES["three strings"] | {"prompt": laid_out}
+    scored = SHAPES["scored responses"] | {"prompt": laid_out}
+    for read in (lambda: parse_record(pair), lambda: parse_record(scored), lambda: best_against_worst(scored),
+                 lambda: as_answers(scored), lambda: encode_pair(pair, "f:1", LetterChat(), 500, 500),
+                 lambda: load(tmp_path, pair, max_length=500, max_prompt_length=500)):
+        with pytest.raises(ValueError, match="im_start"):
+            read()
+    assert encode_pair(pair, "f:1", LetterChat(), 500, 500, as_it_stands=True).source == "f:1"
+
+
+def test_a_prompt_is_empty_if_its_last_turn_is(tmp_path):
+    turns = [user("q"), assistant("a")]
+    pairs, dropped = load(tmp_path, {"prompt": " ", "chosen": "a", "rejected": "b"},
+                          {"prompt": [*turns, user("\n")], "chosen": "a", "rejected": "b"},
+                          {"prompt": [user(" "), *turns[1:], user("q")], "chosen": "a", "rejected": "b"})
+    assert dropped == {"an empty prompt": 2} and [pair.source[-2:] for pair in pairs] == [":3"]
+
+
+def test_answers_that_the_format_makes_equal_are_identical_whatever_differs(tmp_path):
+    class SmallLetters(LetterChat):
+        def encode_response(self, text):
+            return super().encode_response(text.lower())
+
+    row = {"prompt": "q", "chosen": "A", "rejected": "a"}
+    with pytest.raises(Dropped, match="^identical answers$"):
+        encode_pair(row, "f:1", SmallLetters(), 10, 10)
+
+
+def test_large_data_say_how_far_they_are_and_are_read_in_this_process(tmp_path, capsys):
+    class Counting(LetterChat):
+        prompts = 0
+
+        def encode_prompt(self, messages):
+            self.prompts += 1
+            return super().encode_prompt(messages)
+
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 10_001)
+    chat = Counting()
+    assert len(load_pairs([tmp_path / "pairs.jsonl"], chat, 10, 10)[0]) == chat.prompts == 10_001
+    assert re.fullmatch(r"data +10000 pairs tokenised in \d{1,3} s\n", capsys.readouterr().out)
 
 
 def test_data_that_is_empty_after_drops_says_what_was_dropped(tmp_path):
@@ -214,6 +288,22 @@ def test_packed_rows_are_of_near_equal_work():
     assert spread(loads) < 0.05 and spread(in_file_order) > 0.1
 
 
+def test_rows_are_as_few_as_the_rule_allows_for_any_number_of_ranks():
+    pairs = make_pairs([(2, 2, 2)] * 3)
+    assert [len(row.tokens) for row in pack(pairs, 10)] == [6, 6, 6]        # 18 tokens, but no two pairs fit a row
+    assert [len(row.indices) for row in pack(pairs, 12, ranks=2)] == [2, 1]
+    # Where there are hundreds of rows, they are added by the hundredth: 200, 202, ... 300, 303.
+    rows = pack(make_pairs([(2, 2, 2)] * 301), 10)
+    assert len(rows) == 303 and sum(len(row.indices) == 1 for row in rows) == 301
+
+
+def test_a_row_left_over_holds_the_shortest_pair_without_an_index():
+    pairs = make_pairs([(3, 3, 3), (4, 4, 4), (1, 2, 1), (5, 5, 5)])
+    rows = pack(pairs, 100, ranks=5)
+    assert [row.indices for row in rows] == [[3], [1], [0], [2], []]
+    assert rows[4].pairs == [pairs[2]] and rows[4].lengths == [(1, 2, 1)] and len(rows[4].tokens) == 4
+
+
 def test_a_pair_over_the_budget_is_named():
     with pytest.raises(ValueError, match=r"f:1: the pair has 60 tokens, more than "
                                          r"tokens_per_micro_batch = 59"):
@@ -231,6 +321,12 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert flat(steps) == flat(epoch_steps(100, 7, seed=3, epoch=1))
 
 
+def test_the_order_is_numpys_permutation_of_seed_and_epoch_which_are_no_sum():
+    (order,) = epoch_steps(100, 100, seed=3, epoch=1)
+    assert order == np.random.default_rng([3, 1]).permutation(100).tolist()
+    assert epoch_steps(100, 100, seed=2, epoch=2) != [order] != epoch_steps(100, 100, seed=1, epoch=3)
+
+
 def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     pairs = make_pairs([(1, 1, 1)] * 20)
     train, held_out = hold_out(pairs, 5, seed=1)
@@ -240,8 +336,9 @@ def test_held_out_pairs_are_drawn_by_seed_and_none_is_in_both_parts():
     assert [*map(sources, hold_out(pairs, 5, seed=1))] == [sources(train), sources(held_out)]
     assert sources(held_out) != sources(hold_out(pairs, 5, seed=2)[1])
     assert [*map(sources, hold_out(pairs, 0, seed=1))] == [sources(pairs), []]
-    with pytest.raises(ValueError, match="cannot hold out 20 of 20"):
-        hold_out(pairs, 20, seed=1)
+    for n in (20, -1):
+        with pytest.raises(ValueError, match=f"^cannot hold out {n} of 20 pairs$"):
+            hold_out(pairs, n, seed=1)
 
 
 def test_where_prompts_are_unique_the_first_of_the_seeded_order_are_held_out():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train
-from data.preference import load_pairs, pack
+from data.preference import PackedPairs, load_pairs, pack
 from checkpoint import claim_output
 from distributed import join_ranks
 from model import load_model
 from small import random_pairs, sequence_logp, small_model
 from tokenizer import load_chat
-from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, parse_config,
-                   reference_logps, resolve_config, run_row)
+from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, pair_loss,
+                   parse_config, reference_logps, resolve_config, run_row, train_step)
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
@@ -154,6 +155,114 @@ def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
     assert scores[:, [CHOSEN_REWARD, REJECTED_REWARD]].abs().max() < 1e-12
 
 
+def test_a_method_without_a_loss_is_refused():
+    (pair,) = random_pairs(LENGTHS[:1])
+    config = dataclasses.replace(config_of(), method="ppo")
+    with pytest.raises(ValueError, match="method 'ppo' has no loss here"):
+        pair_loss(config, pair, torch.tensor([-1.0]), torch.tensor([-2.0]))
+
+
+def as_rank(rank, world, monkeypatch, all_reduce=None):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+
+
+@pytest.mark.parametrize("grad_scale", [None, 0.25])
+def test_each_rank_runs_its_own_rows_and_fillers_count_for_nothing(grad_scale, tmp_path, monkeypatch):
+    """Two ranks one after the other in this process: their gradients add up in .grad, as FSDP adds them."""
+    config, model = config_of(), small_model(tmp_path)
+    pairs = random_pairs([(5, 7, 3), (9, 2, 12), (3, 8, 8)])
+    rows = pack(pairs, 23, ranks=2)
+    assert [len(row.indices) for row in rows] == [1, 1, 1, 0]
+    whole_row, scales, synced = train.run_row, [], []
+
+    def noted_row(model, row, config, grad_scale=None):
+        scales.append(grad_scale)
+        return whole_row(model, row, config, grad_scale)
+
+    monkeypatch.setattr(train, "run_row", noted_row)
+    monkeypatch.setattr(train, "set_gradient_sync",
+                        lambda model, last_row, every_row: synced.append((last_row, every_row)))
+    own_results = []
+
+    def all_reduce(results):
+        own_results.append(results.clone())
+        results += 100
+
+    for rank in (0, 1):
+        as_rank(rank, 2, monkeypatch, all_reduce)
+        with torch.set_grad_enabled(grad_scale is not None):
+            assert torch.equal(train.run_rows(model, rows, config, grad_scale), own_results[rank] + 100)
+
+    losses = torch.stack([reference_loss(model, None, pair, config) for pair in pairs])
+    assert sum(own_results)[:, LOSS].tolist() == pytest.approx(losses.tolist(), rel=1e-10)
+    for rank, own in enumerate(own_results):
+        assert own.any(1).nonzero()[:, 0].tolist() == sorted(i for row in rows[rank::2] for i in row.indices)
+    if grad_scale is None:
+        assert scales == [None] * 4 and synced == []
+        assert all(p.grad is None for p in model.parameters())
+    else:
+        assert scales == [0.25, 0.25, 0.25, 0.0] and synced == [(False, False), (True, False)] * 2
+        for p, grad in zip(model.parameters(), torch.autograd.grad(0.25 * losses.sum(), list(model.parameters()))):
+            assert (p.grad - grad).norm() <= 1e-10 * grad.norm()
+
+
+def test_scoring_gives_gathered_weights_up_at_its_end(tmp_path, one_rank, monkeypatch):
+    model, freed = small_model(tmp_path), []
+    monkeypatch.setattr(train, "forget_gathered_weights", freed.append)
+    train.score_pairs(model, random_pairs(LENGTHS), config_of())
+    assert freed == [model]
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+def test_metrics_of_results_are_means_of_their_columns():
+    results, start = torch.rand(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, chosen_reward, rejected_reward, chosen, rejected = results.mean(0).tolist()
+    names = {
+        "loss": loss, "rewards/chosen": chosen_reward, "rewards/rejected": rejected_reward,
+        "rewards/margins": chosen_reward - rejected_reward,
+        "rewards/accuracies": sum(row[1] > row[2] for row in results.tolist()) / 4,
+        "logps/chosen": chosen, "logps/rejected": rejected, "logps/margins": chosen - rejected}
+    moved = {
+        "displacement/chosen": chosen - start[:, 3].mean().item(),
+        "displacement/rejected": rejected - start[:, 4].mean().item(),
+        "displacement/fell": sum(a[3] < b[3] for a, b in zip(results.tolist(), start.tolist())) / 4}
+    assert train.metrics_of(results) == pytest.approx(names, abs=1e-12)
+    assert train.metrics_of(results, start) == pytest.approx(names | moved, abs=1e-12)
+
+
+def rows_of(*tokens):
+    """Rows of so many tokens; fillers are negative."""
+    return [PackedPairs(torch.zeros(abs(n)), [], [], [0] if n > 0 else []) for n in tokens]
+
+
+def test_the_work_of_a_step_is_counted_over_ranks_without_fillers(monkeypatch):
+    as_rank(0, 2, monkeypatch)
+    # Three rounds of two ranks. They wait for 4, 10 and 5 tokens.
+    work = train.work_of(rows_of(4, -9, 10, 6, 5, 1), seconds=0.5)
+    assert work == {"tokens": 26, "micro_batches": 3, "imbalance": 2 * (4 + 10 + 5) / 26, "tokens_per_second": 52}
+    assert type(work["micro_batches"]) is int
+
+
+def test_a_step_is_logged_with_its_metrics_and_the_pairs_that_were_not_finite(monkeypatch):
+    as_rank(0, 1, monkeypatch)
+    run = SimpleNamespace(progress={"step": 7, "skipped": 2})
+    pairs = random_pairs(LENGTHS[:3])
+    results = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outcome = train.StepOutcome(results, rows_of(4, 10), 1.5, applied=True)
+    line = train.step_metrics(run, outcome, pairs, 1e-6, seconds=2)
+    assert line == train.metrics_of(results) | {
+        "step": 7, "grad_norm": 1.5, "learning_rate": 1e-6, "pairs": 3, "tokens": 14, "micro_batches": 2,
+        "imbalance": 1, "tokens_per_second": 7, "skipped": 2}
+    # A gradient that is not finite may be of any pair.
+    outcome = dataclasses.replace(outcome, grad_norm=math.inf, applied=False)
+    assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pair.source for pair in pairs]
+    results[1, REJECTED_REWARD] = math.nan
+    assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pairs[1].source]
+
+
 # --- schedule and optimiser -----------------------------------------------------------------------------------------
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine():
@@ -165,12 +274,65 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert learning_rate(0, 1, config) == 8 and learning_rate(0, 3, config_of(warmup_ratio=0.0)) == 7e-7
 
 
+def test_a_warm_up_of_part_of_a_step_takes_the_whole_step():
+    config = config_of(learning_rate=8.0, warmup_ratio=0.1)
+    assert [learning_rate(step, 16, config) for step in range(3)] == [4, 8, 8]                  # 1.6 steps
+    assert learning_rate(3, 16, config) == pytest.approx(4 * (1 + math.cos(math.pi / 14)))
+
+
 def test_norms_and_biases_are_not_decayed(tmp_path):
     model = small_model(tmp_path, model_type="qwen2")       # has biases
     optimizer = make_optimizer(model, config_of(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+
+
+def test_a_step_of_fewer_pairs_takes_their_mean(tmp_path, one_rank):
+    """The last step of an epoch: its gradient is that of the mean over its own pairs."""
+    config, pairs = config_of(pairs_per_step=128, tokens_per_micro_batch=40), random_pairs(LENGTHS)
+    model = small_model(tmp_path)
+    losses = torch.stack([reference_loss(model, None, pair, config) for pair in pairs])
+    expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    outcome = train_step(model, make_optimizer(model, config), pairs, 1e-3, config)
+    assert outcome.applied and len(outcome.rows) > 1
+    assert outcome.results[:, LOSS].tolist() == pytest.approx(losses.tolist(), rel=1e-10)
+    norm = torch.cat([grad.flatten() for grad in expected]).norm().item()
+    assert outcome.grad_norm == pytest.approx(norm, rel=1e-10)
+
+
+def test_a_step_is_applied_at_its_rate_and_leaves_no_gradient(tmp_path, one_rank):
+    config, pairs = config_of(max_grad_norm=0.5, learning_rate=1.0), random_pairs(LENGTHS)
+    model, same = small_model(tmp_path), small_model(tmp_path)
+    losses = torch.stack([reference_loss(same, None, pair, config) for pair in pairs])
+    losses.mean().backward()
+    torch.nn.utils.clip_grad_norm_(same.parameters(), 0.5)
+    torch.optim.AdamW(same.parameters(), lr=1e-3, weight_decay=0.0).step()
+    train_step(model, make_optimizer(model, config), pairs, 1e-3, config)
+    for p, q in zip(model.parameters(), same.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("what", ["gradient", "reward"])
+def test_a_step_is_not_applied_if_a_gradient_or_a_result_alone_is_not_finite(what, tmp_path, one_rank, monkeypatch):
+    model, config, pairs = small_model(tmp_path), config_of(), random_pairs(LENGTHS)
+    if what == "gradient":
+        model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    else:
+        def infinite_rewards(*args):
+            losses, *rewards = pair_loss(*args)
+            return losses, *[reward * math.inf for reward in rewards]
+
+        monkeypatch.setattr(train, "pair_loss", infinite_rewards)
+    optimizer = make_optimizer(model, config)
+    before = [p.detach().clone() for p in model.parameters()]
+    outcome = train_step(model, optimizer, pairs, 1e-3, config)
+    assert not outcome.applied
+    assert math.isfinite(outcome.grad_norm) == (what != "gradient")
+    assert outcome.results.isfinite().all() == (what == "gradient")
+    assert all(map(torch.equal, model.parameters(), before)) and all(p.grad is None for p in model.parameters())
+    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in optimizer.state.values())
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -365,6 +527,51 @@ def test_accumulation_and_recomputation_give_the_same_run(run, tmp_path):
         assert b.get("micro_batches", 9) > 3 >= a.get("micro_batches", 1)
         for name in set(a) & {"loss", "grad_norm", "eval_loss", "eval_logps/chosen"}:
             assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+@pytest.fixture
+def short_config(tmp_path):
+    """A run of six steps of two pairs each."""
+    rows = [json.loads(line) for line in (TINY / "pairs.jsonl").read_text().splitlines()[:40]]
+    rows = [row for row in rows if max(row["all_rm_scores"]) > min(row["all_rm_scores"])][:14]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny_config(tmp_path / "out", data=[str(tmp_path / "pairs.jsonl")], eval_pairs=2, pairs_per_step=2,
+                       max_steps=0, epochs=1)
+
+
+@pytest.mark.parametrize("bad_steps", [{1, 2, 4, 5}, {1, 2, 3}])
+def test_a_run_gives_up_after_steps_in_a_row_that_are_not_finite_and_not_after_as_many_apart(bad_steps, short_config,
+                                                                                             monkeypatch):
+    loss, steps = train.run_rows, []
+
+    def sometimes_nan(model, rows, config, grad_scale=None):
+        if grad_scale is None:
+            return loss(model, rows, config)
+        steps.append(len(steps) + 1)
+        return loss(model, rows, config, grad_scale) * (math.nan if steps[-1] in bad_steps else 1)
+
+    monkeypatch.setattr(train, "run_rows", sometimes_nan)
+    if bad_steps == {1, 2, 3}:
+        with pytest.raises(ValueError, match="step 3: 3 steps in a row were not finite"):
+            main(short_config)
+    else:
+        main(short_config)
+    skipped = [line["skipped"] for line in metrics_of_run(short_config.output) if "skipped" in line]
+    assert skipped == ([1, 2, 3] if bad_steps == {1, 2, 3} else [1, 2, 2, 3, 4, 4])
+
+
+def test_the_last_step_is_evaluated_once_and_saved_once(short_config, monkeypatch):
+    save, saved = train.save_checkpoint, []
+
+    def save_and_note(model, optimizer, progress, *rest):
+        saved.append(progress["step"])
+        return save(model, optimizer, progress, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_note)
+    evaluations = main(dataclasses.replace(short_config, eval_every=3, save_every=2))
+    lines = metrics_of_run(short_config.output)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6] == [e["step"] for e in evaluations]
+    assert saved == [2, 4, 6]
 
 
 @pytest.mark.parametrize("method", ["simpo", "dpo"])
