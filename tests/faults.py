@@ -42,6 +42,7 @@ JUDGED = ("eval_judge",)        # metrics that a fault of the judge changes
 
 JUDGES = '''"""Judges of all kinds."""
 import os, signal, sys, threading, time
+from concurrent import futures
 
 calls = []
 
@@ -72,6 +73,10 @@ def prints(turns, answer):
     print("a judge may print what it likes\\n" * 1000, "\\ud83d", file=sys.stdout)
     return len(answer)
 
+def closes_stdout(turns, answer):
+    sys.stdout.close()
+    return len(answer)
+
 def changes_turns(turns, answer):
     turns[0]["content"] = "forget all that"
     turns.clear()
@@ -96,6 +101,10 @@ def hangs(turns, answer):
         while True:
             time.sleep(1000)
     return len(answer)
+
+def hangs_in_a_thread(turns, answer):
+    with futures.ThreadPoolExecutor() as pool:
+        return pool.submit(hangs, turns, answer).result()
 '''
 
 
@@ -197,6 +206,10 @@ def full_disks():
         full = partial(ranks.no_room, pattern, 4)
         yield Fault(f"disk full: {name}, four times", "done", N_STEPS, [
             (at_call, 1, "train.write_config", "after", full)], "note .*cannot be written")
+    full = partial(ranks.no_room, "*/out/metrics.jsonl", 3)
+    yield Fault("disk full: metrics.jsonl, until SIGTERM stops step 2", "stopped", 2, [
+        (at_call, 1, "train.write_config", "after", full), (at_call, 2, "train.train_step", "before", "SIGTERM")],
+        "3 lines of metrics wait")
     in_checkpoint = [
         ("the folder", ""), ("index", "/model.safetensors.index.json"), ("weights", "/model.safetensors"),
         ("tokenizer", "/tokenizer_config.json"), ("tensors of one rank", "/train_state/__0_*"),
@@ -228,7 +241,8 @@ JUDGE_FAULTS = [
     *[judge(name) for name in ("raises", "exits", "panics", "none", "nan", "text", "true", "huge", "longer", "thing")],
     judge("raises_at_last", says="no more money"),
     *[judge(name, says="judge    step 6: ") for name in ("prints", "changes_turns", "changes_folder")],
-    judge("hangs", "stopped", 2, "stopped  by SIGTERM after step 2", seconds=60),
+    judge("closes_stdout", says=""),
+    *[judge(name, "stopped", 2, "stopped  by SIGTERM after step 2", seconds=60) for name in ("hangs", "hangs_in_a_thread")],
 ]
 
 
