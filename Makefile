@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: help train check test mutants bench
+.PHONY: help train check test faults mutants soak bench
 
 help:           ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ test: check                     ## the linter, then every test; ARGS="tests/test
 
 mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)
+
+faults: .venv/installed-tests   ## 150 faults on one and two ranks; ARGS="SIGTERM judge" picks by words; half an hour on 2 cores
+	.venv/bin/python tests/faults.py $(ARGS)
+
+soak: .venv/installed           ## 2,000 steps: memory, time, metrics, learning rate; ARGS="--ranks 2"; 3 minutes
+	.venv/bin/python tests/soak.py $(ARGS)
 
 bench: .venv-bench/installed    ## measure against TRL and Liger, write the table: 30 minutes on 2 cores, 24 GB
 	.venv-bench/bin/python -m benchmarks.step

@@ -3,6 +3,7 @@
     device = join_ranks(timeout_minutes=30)         # torchrun's ranks, or a group of this process
     model = load_sharded(config, device)            # FSDP2; a rank reads its slices of the files
     with noted_signals() as noted: ...              # preemption: finish the step, save, stop
+        leave_if(noted)                             # raises Stop on all ranks: an evaluation ends
 
 One code path serves CPUs (gloo) and GPUs (NCCL), one rank and many. `config` is train.py's
 TrainConfig, where a function follows several of its fields.
@@ -12,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import cpu
+from command import end_with_parent, open_streams
 from model import load_model
 
 
@@ -103,6 +105,21 @@ def from_rank_0(function):
     return returned
 
 
+def from_all_ranks(function):
+    """[function() of each rank], on every rank. What it raises on one, all ranks raise."""
+    box = [None, None]                      # what it returned, what it raised
+    try:
+        box[0] = function()
+    except Exception as e:
+        box[1] = e
+    boxes = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, box)
+    for _, error in boxes:
+        if error is not None:
+            raise error
+    return [returned for returned, _ in boxes]
+
+
 def run_rank(main, explain=lambda error: None):
     """Runs main() as this rank's whole program and ends the process.
 
@@ -110,6 +127,11 @@ def run_rank(main, explain=lambda error: None):
     explain(error) may word it. Else ValueError and OSError are for the user, and their own words
     are enough; any other error is a mistake of ours and shows its traceback.
     """
+    open_streams()
+    # torchrun that is killed leaves its ranks running. They end as after a signal: the step in hand
+    # is saved.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
     store, rank, world = ranks_store()
     status = 0
     try:
@@ -238,11 +260,15 @@ def forget_gathered_weights(model):
 
 # --- signals --------------------------------------------------------------------------------------
 
+class Stop(BaseException):
+    """Ends an evaluation early, because a signal came. No Exception: a judge may catch those."""
+
+
 @contextmanager
 def noted_signals():
     """Notes SIGINT and SIGTERM (preemption, Ctrl-C) instead of dying, so that the step in hand can
     be finished and saved. Yields {signal: 1 if it came, else 0}. A second signal kills at once."""
-    noted = {signal.SIGINT: 0, signal.SIGTERM: 0}
+    noted = Noted({signal.SIGINT: 0, signal.SIGTERM: 0})
 
     def note(number, _):
         noted[number] = 1
@@ -250,8 +276,11 @@ def noted_signals():
         time.sleep(1)
         for s in noted:
             signal.signal(s, signal.SIG_DFL)
-        say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and saved; "
-            "another stops at once")
+        with suppress(RuntimeError):        # the signal came in the middle of another print
+            say(f"signal   {signal.Signals(number).name}: the step in hand will be finished and "
+                "saved; another stops at once")
+        if noted.at_once:
+            raise Stop
 
     before = {s: signal.signal(s, note) for s in noted}
     try:
@@ -259,6 +288,23 @@ def noted_signals():
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+class Noted(dict):
+    """{signal: 1 if it came, else 0}."""
+    at_once = False         # see stop_at_once
+
+    @contextmanager
+    def stop_at_once(self):
+        """In its block a signal raises Stop wherever it comes, on this rank alone: for what this
+        rank does by itself, and may never end."""
+        self.at_once = True
+        try:
+            if any(self.values()):
+                raise Stop
+            yield
+        finally:
+            self.at_once = False
 
 
 def signal_of_any_rank(noted):
@@ -269,3 +315,9 @@ def signal_of_any_rank(noted):
         if count:
             return number
     return None
+
+
+def leave_if(noted):
+    """Raises Stop on all ranks if any of them has noted a signal. All ranks together."""
+    if signal_of_any_rank(noted):
+        raise Stop

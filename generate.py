@@ -14,6 +14,7 @@ take turns at the batches, each with the whole model; answers do not depend on t
 """
 import argparse
 import datetime
+import hashlib
 import json
 import shutil
 import sys
@@ -27,8 +28,10 @@ import torch
 import torch.distributed as dist
 
 import cpu
+from checkpoint import model_digest
+from command import lock, unlock_all
 from data.dialogues import checked_text
-from data.files import write_whole
+from data.files import read_json, write_whole
 from data.preference import content_hash
 from data.prompts import answers_text, read_prompts
 from distributed import from_rank_0, join_ranks, leave_ranks, run_rank, say
@@ -96,6 +99,7 @@ def plan_job(args, model, chat, dropped):
         "seed": args.seed,
         "prompts": content_hash([args.prompts]),
         "weights": weights,
+        "config and tokenizer": model_digest(args.model),
         "chat_format": type(chat).__name__,
         "date": chat.date,
         "device": model.device.type,
@@ -111,25 +115,66 @@ def parts_folder(args):
     return Path(f"{args.output}.parts")
 
 
+def claim_output(output):
+    """Locks the file to write, and makes its folder. ValueError if it exists or another process is
+    at work on it, OSError if it cannot be written. Rank 0 only."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock(f"{output}.lock")
+    if output.exists():
+        raise ValueError(f"{output}: exists already; name another file, or remove it")
+
+
 def claim_parts(job):
     """The numbers of the batches that are still to do. Makes the folder of parts, or takes it over
-    from the same job, killed before. ValueError if it is another job's, or if the output exists.
-    Rank 0 only."""
-    if job.output.exists():
-        raise ValueError(f"{job.output}: exists already; name another file, or remove it")
+    from the same job, killed before; damaged parts are named and count as still to do. ValueError
+    if it is another job's. Rank 0 only."""
     job.parts.mkdir(parents=True, exist_ok=True)
-    file = job.parts / "job.json"
-    if file.exists():
-        # Answers of other settings must not be joined to these.
-        before = json.loads(file.read_text())
-        for name, value in job.identity.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{job.parts}: holds answers with {name} = {before.get(name)!r}, found "
-                    f"{value!r} now; go on with the same command, or remove the folder to begin "
-                    "anew")
-    write_whole(file, json.dumps(job.identity, indent=1))
-    return [b for b in range(len(job.batches)) if not job.part(b).exists()]
+    before = read_identity(job.parts)
+    if before is None:
+        # The folder is removed at the end: it must not be somebody's.
+        for file in job.parts.iterdir():
+            if not file.name.endswith(".tmp.json"):     # of a job that was killed as it began
+                raise ValueError(f"{job.parts}: holds {file.name} but no job.json, which says "
+                                 "whose it is; remove the folder, or name another output")
+        before = job.identity
+    # Answers of other settings must not be joined to these.
+    for name in before.keys() | job.identity.keys():
+        found = before.get(name)
+        value = job.identity.get(name)
+        if found != value:
+            raise ValueError(
+                f"{job.parts}: holds answers with {name} = {found!r}, found {value!r} now; go on "
+                "with the same command, or remove the folder to begin anew")
+    content = job.identity | {"sha256": checksum(job.identity)}
+    write_whole(job.parts / "job.json", json.dumps(content, indent=1))
+
+    todo = []
+    for b in range(len(job.batches)):
+        try:
+            read_part(job, b)
+        except FileNotFoundError:
+            todo.append(b)
+        except ValueError as e:
+            print(f"resume   {e}; its {len(job.batches[b])} prompts are answered again",
+                  flush=True)
+            todo.append(b)
+    return todo
+
+
+def read_identity(parts):
+    """What job.json of a folder of parts holds, None without it. ValueError if it is damaged."""
+    file = parts / "job.json"
+    if not file.exists():
+        return None
+    advice = f"remove the folder {parts} to begin anew"
+    try:
+        identity = read_json(file)
+    except ValueError as e:
+        raise ValueError(f"{e}; {advice}") from None
+    if identity.pop("sha256", None) != checksum(identity):
+        raise ValueError(f"{file}: damaged, or of an earlier version of this command; {advice}")
+    return identity
 
 
 def first_day(args):
@@ -137,11 +182,10 @@ def first_day(args):
     that goes on, else today's. Rank 0 only."""
     if args.date:
         return args.date
-    file = parts_folder(args) / "job.json"
-    if file.exists():
-        began = json.loads(file.read_text()).get("date")
-        if began:
-            return began
+    if args.output:
+        identity = read_identity(parts_folder(args))
+        if identity and identity.get("date"):
+            return identity["date"]
     return datetime.date.today().isoformat()
 
 
@@ -153,6 +197,30 @@ class Answer(NamedTuple):
     n_tokens: int           # sampled, without the end token
     encodes_back: bool      # the text encodes to the sampled ids. It may not: a model can sample
                             # "a" and "b" where encoding gives "ab"
+
+
+def checksum(*values):
+    """In hexadecimal, of values that JSON has."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def write_part(job, b, answers):
+    """Keeps the answers of batch b: a list of Answers for each of its prompts."""
+    # The checksum covers whose answers they are: no other job's can be taken for them.
+    sha256 = checksum(job.identity, b, answers)
+    write_whole(job.part(b), json.dumps({"answers": answers, "sha256": sha256}))
+
+
+def read_part(job, b):
+    """What write_part wrote. FileNotFoundError without the file, ValueError if it is damaged."""
+    file = job.part(b)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not found")
+    content = read_json(file)
+    answers = content.get("answers")
+    if content.get("sha256") != checksum(job.identity, b, answers):
+        raise ValueError(f"{file}: damaged")
+    return [[Answer(*fields) for fields in some] for some in answers]
 
 
 def kept_answer(chat, ids, max_new_tokens):
@@ -176,7 +244,7 @@ class Progress:
         self.n_answers = n_answers      # of this rank
         self.n_done = 0
         self.n_tokens = 0
-        self.began = time.time()
+        self.began = time.monotonic()
         self.said = self.began
 
     def __call__(self, tokens, answers):
@@ -184,7 +252,7 @@ class Progress:
         answers ended in it."""
         self.n_tokens += tokens
         self.n_done += answers
-        now = time.time()
+        now = time.monotonic()
         # The time left is told from the first answer on, and always at the end.
         is_due = now - self.said > PROGRESS_SECONDS or self.n_done == self.n_answers
         if self.n_done and is_due:
@@ -211,7 +279,7 @@ def answer_batches(job, mine, model, chat):
         part = []
         for some in answers:
             part.append([kept_answer(chat, ids, max_new_tokens) for ids in some])
-        write_whole(job.part(b), json.dumps(part))
+        write_part(job, b, part)
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -253,11 +321,15 @@ def join_parts(job, name):
     n_cut = 0           # ended by max_new_tokens
     n_other = 0         # encode to other ids than were sampled
     for b, batch in enumerate(job.batches):
-        part = json.loads(job.part(b).read_text())
+        try:
+            part = read_part(job, b)
+        except (ValueError, OSError) as e:
+            # Since this command began: nothing is lost but this part.
+            raise ValueError(f"{e}; all other parts are kept. Give the same command again, which "
+                             "makes this one anew") from None
         for i, some in zip(batch, part):
             answers[i] = []
-            for fields in some:
-                kept = Answer(*fields)
+            for kept in some:
                 answers[i].append((kept.text, kept.n_tokens))
                 n_answers += 1
                 n_cut += kept.n_tokens == max_new_tokens
@@ -316,6 +388,8 @@ def run(args, device):
     # 1. What is no model folder is told so before anything else.
     read_config(args.model)
     checkpoint_tensors(args.model)
+    if args.output:
+        from_rank_0(lambda: claim_output(args.output))
 
     # 2. Chat format and model.
     date = from_rank_0(lambda: first_day(args))
@@ -341,6 +415,7 @@ def main(argv):
     try:
         run(args, device)
     finally:
+        unlock_all()
         leave_ranks()
 
 

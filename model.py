@@ -25,6 +25,7 @@ import math
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -499,30 +500,41 @@ def read_config(folder, handled=()):
     family = fields.raw.get("model_type")
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
         fields.refuse("model_type", family, "llama, mistral, qwen2 or qwen3")
-    dim = fields.number("hidden_size")
-    n_heads = fields.number("num_attention_heads")
+    dim = fields.size("hidden_size")
+    n_heads = fields.size("num_attention_heads")
+    # Without a default the field has to be there.
+    n_kv_heads = fields.size("num_key_value_heads", n_heads if family == "llama" else None)
+    if n_heads % n_kv_heads:
+        fields.wrong("num_key_value_heads", n_kv_heads, f"a divisor of the {n_heads} heads")
+    if fields.unread.get("head_dim") is None and family != "qwen3" and dim % n_heads:
+        fields.wrong("hidden_size", dim, f"a multiple of the {n_heads} heads, or a head_dim")
+    head_dim = fields.size("head_dim", dim // n_heads if family != "qwen3" else None)
+    if head_dim % 2:
+        fields.wrong("head_dim", head_dim, "an even number: rotary embedding turns its two halves")
+
+    n_layers = fields.size("num_hidden_layers", most=1000)
     rope_theta, rope_scaling = _read_rope(fields)
-    window = _read_window(fields, family)
-    for name, only in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", False)):
-        value = fields.take(name, only)
-        if value != only:
-            fields.refuse(name, value, repr(only))
+    window = _read_window(fields, family, n_layers)
+    if fields.take("hidden_act", "silu") != "silu":
+        fields.refuse("hidden_act", fields.raw["hidden_act"], "'silu'")
+    for name in ("mlp_bias", "attention_bias"):
+        if fields.flag(name):
+            fields.refuse(name, True, "False")
 
     config = ModelConfig(
-        vocab_size=fields.number("vocab_size"),
+        vocab_size=fields.size("vocab_size"),
         dim=dim,
-        n_layers=fields.number("num_hidden_layers"),
+        n_layers=n_layers,
         n_heads=n_heads,
-        # Without a default the field has to be there.
-        n_kv_heads=fields.number("num_key_value_heads", n_heads if family == "llama" else None),
-        head_dim=fields.number("head_dim", dim // n_heads if family != "qwen3" else None),
-        hidden_dim=fields.number("intermediate_size"),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_dim=fields.size("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
         rope_theta=rope_theta,
-        max_positions=fields.number("max_position_embeddings"),
+        max_positions=fields.size("max_position_embeddings", most=2**31),
         rope_scaling=rope_scaling,
         window=window,
-        tied=fields.take("tie_word_embeddings", False),
+        tied=fields.flag("tie_word_embeddings"),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
@@ -530,17 +542,43 @@ def read_config(folder, handled=()):
     return config
 
 
+def read_json(path):
+    """The object that a JSON file of a model folder holds.
+
+    ValueError names the file and what is wrong with it. OSError if it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; expected a JSON file, fetch it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {content!r:.60}")
+        # Half a surrogate pair, which an escape can write, is no character.
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON for this purpose (nested too deeply)") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e!s:.300})") from None
+    return content
+
+
+def _each_key_once(pairs):
+    """A JSON object as a dict. ValueError if it has a key twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in content if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r:.60} twice")
+    return content
+
+
 class _ConfigFields:
     """config.json field by field. What is not taken in the end has to say nothing."""
 
     def __init__(self, path):
         self.path = path
-        try:
-            self.raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path}: not valid JSON ({e})") from None
-        if not isinstance(self.raw, dict):
-            raise ValueError(f"{path}: expected a JSON object, found {self.raw!r:.60}")
+        self.raw = read_json(path)
         self.unread = dict(self.raw)
 
     def take(self, name, default=None):
@@ -548,13 +586,33 @@ class _ConfigFields:
         value = self.unread.pop(name, None)
         return default if value is None else value
 
-    def number(self, name, default=None):
+    def size(self, name, default=None, most=2**20):
+        """A whole number. No model has one past `most`, which would need all memory or all day."""
         value = self.take(name, default)
         if value is None:
             raise ValueError(f"{self.path}: field {name} is missing")
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{self.path}: {name} = {value!r}; expected a positive number")
+        if type(value) is not int or not 0 < value <= most:
+            self.wrong(name, value, f"a whole number from 1 to {most}")
         return value
+
+    def number(self, name, default=None):
+        """A number above 0, which no bool is, nor NaN, an infinity or a string."""
+        value = self.take(name, default)
+        if value is None:
+            raise ValueError(f"{self.path}: field {name} is missing")
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            self.wrong(name, value, "a positive number")
+        return float(value)
+
+    def flag(self, name):
+        """True or False; False where the field is absent or null."""
+        value = self.take(name, False)
+        if not isinstance(value, bool):
+            self.wrong(name, value, "true or false")
+        return value
+
+    def wrong(self, name, value, expected):
+        raise ValueError(f"{self.path}: {name} = {value!r:.80}; expected {expected}")
 
     def refuse(self, name, value, expected):
         raise ValueError(
@@ -578,32 +636,48 @@ class _ConfigFields:
 def _read_rope(fields):
     """(theta, scaling or None) of the rotary embedding."""
     rope = {"rope_theta": fields.take("rope_theta", 10000.0)}
-    rope |= fields.take("rope_scaling", {})             # transformers 4
-    rope |= fields.take("rope_parameters", {})          # transformers 5
-    theta = float(rope.pop("rope_theta"))
+    for name in ("rope_scaling", "rope_parameters"):    # of transformers 4, and 5
+        given = fields.take(name, {})
+        if not isinstance(given, dict):
+            fields.wrong(name, given, "an object")
+        rope |= given
     older = rope.pop("type", None)                      # what rope_type was once called
     kind = rope.pop("rope_type", None) or older or "default"
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         fields.refuse("rope type", kind, "default or llama3")
-    if set(rope) != ROPE_FIELDS[kind]:
+    if set(rope) != ROPE_FIELDS[kind] | {"rope_theta"}:
         fields.refuse(f"{kind} rope with fields", sorted(rope), f"{sorted(ROPE_FIELDS[kind])}")
-    return theta, rope or None
+
+    # They are read like fields of config.json itself.
+    for name, value in rope.items():
+        fields.unread[f"rope's {name}"] = value
+    theta = fields.number("rope's rope_theta")
+    if kind == "default":
+        return theta, None
+    context = "original_max_position_embeddings"
+    scaling = {context: fields.size(f"rope's {context}", most=2**31)}
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        scaling[name] = fields.number(f"rope's {name}")
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        fields.wrong("rope's high_freq_factor", scaling["high_freq_factor"],
+                     f"more than low_freq_factor, {scaling['low_freq_factor']}")
+    return theta, scaling
 
 
-def _read_window(fields, family):
+def _read_window(fields, family, n_layers):
     """The sliding window of all layers, or None."""
     window = None
     if family == "mistral" and fields.unread.get("sliding_window", 4096) is not None:
         # Where the field is absent transformers takes 4096; null says that there is no window.
-        window = fields.number("sliding_window", 4096)
+        window = fields.size("sliding_window", 4096, most=2**31)
     elif family.startswith("qwen"):
-        if fields.take("use_sliding_window", False):
+        if fields.flag("use_sliding_window"):
             fields.refuse("use_sliding_window", True, "false")
         fields.take("sliding_window")                   # has no effect then
-    layers = {"sliding_attention" if window else "full_attention"}
-    found = set(fields.take("layer_types", layers))
-    if found and found != layers:
-        fields.refuse("layer_types", sorted(found), "the same attention in every layer")
+    layers = ["sliding_attention" if window else "full_attention"] * n_layers
+    found = fields.take("layer_types", layers)
+    if found != layers:
+        fields.refuse("layer_types", found, f"{layers[0]} in all {n_layers} layers")
     return window
 
 
@@ -653,9 +727,34 @@ def model_folder(folder):
             local = folder.name
             hub_id = folder
         raise ValueError(HOW_TO_FETCH.format(local, hub_id, MODEL_FILES))
-    for pattern in COPIED_FILES:
-        refuse_pointers(folder.glob(pattern))
+    refuse_pointers(copied_files(folder))
     return folder
+
+
+def copied_files(folder):
+    """The files of a folder that save_model copies, as of COPIED_FILES.
+
+    ValueError names a link that leads out of the folder: who made the folder would choose what else
+    of this machine goes into the saved model. The hub's cache, whose snapshots are links to its
+    blobs, counts as one folder.
+    """
+    folder = Path(folder)
+    places = [folder.resolve()]
+    for parent in places[0].parents:
+        if parent.name == "snapshots":
+            places.append(parent.parent / "blobs")
+    for pattern in COPIED_FILES:
+        for file in sorted(folder.glob(pattern)):
+            target = file.resolve()
+            if file.is_symlink() and not file.exists():
+                raise ValueError(f"{file}: a link to {target}, where nothing is; fetch the file")
+            if not any(target.is_relative_to(place) for place in places):
+                raise ValueError(
+                    f"{file}: it is a link, or in one, that leads out of the folder, to {target}. "
+                    "Files beside the weights are copied when a model is saved, from the folder "
+                    f"alone; put the file in its place: cp --remove-destination {target} {file}")
+            if file.is_file():
+                yield file
 
 
 def refuse_pointers(files):
@@ -695,12 +794,15 @@ def weight_files(folder):
 
 def _indexed_files(folder):
     index = folder / INDEX
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    weight_map = read_json(index).get("weight_map")
+    names = set()
+    if isinstance(weight_map, dict):
+        names = {name if isinstance(name, str) else "" for name in weight_map.values()}
+    # The files lie beside the index, so their names are no paths.
+    if not names or not all(re.fullmatch(r"[^/\0]+\.safetensors", name) for name in names):
         raise ValueError(f"{index}: expected a JSON object whose weight_map gives each weight "
-                         "its file; fetch it again") from None
+                         "its *.safetensors file in the folder; fetch it again")
+    files = [folder / name for name in sorted(names)]
     absent = [file.name for file in files if not file.exists()]
     if absent:
         raise ValueError(f"{folder}: weights are missing; {INDEX} names files that are not "
@@ -729,12 +831,18 @@ def checkpoint_tensors(folder):
 def _header(file):
     """{name: (shape, dtype)} of a safetensors file, in its own words."""
     header = {}
+    if not file.is_file():
+        raise ValueError(f"{file}: not a file; expected a safetensors file, fetch it again")
     try:
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 tensor = f.get_slice(name)
                 header[name] = tuple(tensor.get_shape()), tensor.get_dtype()
-    except SafetensorError as e:
+    except BaseException as e:
+        # A panic of the library, which is written in Rust, is no Exception.
+        damaged = isinstance(e, (SafetensorError, ValueError, OverflowError))
+        if not damaged and type(e).__name__ != "PanicException":
+            raise
         raise ValueError(
             f"{file}: not a complete safetensors file ({e}); fetch it again") from None
     return header
@@ -776,7 +884,8 @@ def load_model(folder, dtype=torch.float32, device="cpu", shard=None, build=Tran
         try:
             dcp.load(tensors, storage_reader=reader)
         except dcp.api.CheckpointException as e:
-            raise ValueError(f"{folder}: its weights cannot be read ({e})") from None
+            raise ValueError(f"{', '.join(sorted(files))}: the weights cannot be read "
+                             f"({e})") from None
 
     # This rank's slices. isfinite of a whole tensor would copy it twice; its extremes do not.
     tensors = {name: _local(tensor) for name, tensor in tensors.items()}
@@ -826,7 +935,8 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
     transformers 5 and vLLM do, round to that unless they are told otherwise.
 
     All ranks of a sharded model must call this together: they gather one weight after another, and
-    rank 0, which holds those of one file at a time, writes. OSError if it cannot.
+    rank 0, which holds those of one file at a time, writes. OSError, on all ranks, names the file
+    that it cannot write.
     """
     folder = Path(folder)
     like = Path(like)
@@ -836,37 +946,68 @@ def save_model(model, folder, like, dtype=None, shard_bytes=5 * 10**9):
     sizes = {name: p.numel() * dtypes[name].itemsize for name, p in weights.items()}
     files = _files_to_write(sizes, shard_bytes)
 
-    # 1. The index first: while files that it names are missing, this is no model to anybody.
+    # An error of rank 0 must not leave the others waiting: it writes no more, but goes on
+    # gathering, and all ranks raise it in the end.
     writing = not dist.is_initialized() or dist.get_rank() == 0
+    gathered = _gather_files(weights, dtypes, files, writing)
+    error = None
     if writing:
-        if any(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder}: holds weights already; name another folder to save in")
-        folder.mkdir(parents=True, exist_ok=True)
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        try:
+            _write_folder(folder, like, files, sizes, gathered)
+        except (ValueError, OSError) as e:
+            error = e.with_traceback(None)      # which would hold the tensors of a file
+    for _, tensors in gathered:
+        tensors.clear()
+    if any(isinstance(p, DTensor) for p in weights.values()):
+        errors = [error]
+        dist.broadcast_object_list(errors)      # from rank 0, for which the others wait here
+        error = errors[0]
+    if error:
+        raise error
 
-    # 2. The weights. transformers 4.44 refuses files whose metadata do not name the format.
+
+def _gather_files(weights, dtypes, files, kept):
+    """Yields (file, {name: whole tensor}); no tensors unless they are `kept`, on rank 0."""
     for file, names in files.items():
         tensors = {}
         for name in names:
             tensor = weights[name].detach().to(dtypes[name])
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()           # gathered on all ranks
-            if writing:
+            if kept:
                 tensors[name] = tensor.contiguous().cpu()
-        if writing:
-            try:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-            except SafetensorError as e:
-                raise OSError(f"{folder / file}: cannot be written ({e})") from None
+        yield file, tensors
+
+
+def _write_folder(folder, like, files, sizes, gathered):
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: holds weights already; name another folder to save in")
+
+    # 1. The index first: while files that it names are missing, this is no model to anybody.
+    with _naming(folder / INDEX):
+        folder.mkdir(parents=True, exist_ok=True)
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    # 2. The weights. transformers 4.44 refuses files whose metadata do not name the format.
+    for file, tensors in gathered:
+        with _naming(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
             shutil.copymode(folder / INDEX, folder / file)      # save_file lets only the owner read
+        tensors.clear()                                         # before the next file is gathered
 
     # 3. Everything else.
-    if writing:
-        _copy_other_files(like, folder)
-    if any(isinstance(p, DTensor) for p in weights.values()):
-        dist.barrier()
+    _copy_other_files(like, folder)
+
+
+@contextmanager
+def _naming(file):
+    """OSError that names the file that is written, which a full disk's own error does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{file}: cannot be written ({e})") from None
 
 
 def _files_to_write(sizes, shard_bytes):
@@ -888,8 +1029,8 @@ def _files_to_write(sizes, shard_bytes):
 
 
 def _copy_other_files(source, target):
-    for pattern in COPIED_FILES:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            copy = target / file.relative_to(source)
+    for file in copied_files(source):
+        copy = target / file.relative_to(source)
+        with _naming(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from command import run_command
+from data.files import read_bytes
 from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 
 # The fields of train.py's TrainConfig that change the memory, with its defaults (a test compares).
@@ -30,6 +32,7 @@ SWITCHES = ("recompute", "sync_every_micro_batch", "shard_within_node", "cpu_off
 
 BF16, FP32 = 2, 4       # bytes
 GPUS_OF_A_NODE = 8
+MOST = 10**12           # of any number that is given: what is more is a slip
 
 
 def kept_per_token(c, recompute):
@@ -97,31 +100,35 @@ def parse_args(argv):
     if not args.model:
         raise ValueError("model is needed: --model FOLDER, or a recipe that names one")
     for name in NUMBERS:
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name} = {getattr(args, name)}; expected a positive number")
-    if min(args.gpus) <= 0:
-        raise ValueError(f"gpus = {args.gpus}; expected numbers of GPUs")
+        if not 0 < getattr(args, name) <= MOST:
+            raise ValueError(f"{name} = {getattr(args, name)!r:.20}; expected a positive number, "
+                             f"{MOST:.0e} at most")
+    if not 0 < min(args.gpus) <= max(args.gpus) <= MOST:
+        raise ValueError(f"gpus = {args.gpus!r:.60}; expected numbers of GPUs")
     return args
 
 
 def read_recipe(path):
     """The fields of a recipe that change the memory; train.py checks the others."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        values = tomllib.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     fields = {name: values[name] for name in (*NUMBERS, *SWITCHES) if name in values}
     for name, value in fields.items():
         kind = int if name in NUMBERS else bool
         if type(value) is not kind:
-            raise ValueError(f"{path}: {name} = {value!r}; expected {kind.__name__}")
+            raise ValueError(f"{path}: {name} = {value!r:.60}; expected {kind.__name__}")
     if "model" in values:
+        if not isinstance(values["model"], str) or not values["model"]:
+            raise ValueError(f"{path}: model = {values['model']!r:.60}; expected a folder")
         fields["model"] = os.path.normpath(path.parent / values["model"])   # relative to it
     return fields
 
 
+def main():
+    plan(parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    try:
-        plan(parse_args(sys.argv[1:]))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

@@ -9,8 +9,8 @@ runs    how held-out pairs moved in the training runs of these folders
 drift   judged score and likelihood displacement against KL, of a file of experiments/alpha.py
 """
 import argparse
+import math
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +19,13 @@ import matplotlib.pyplot as plt
 import torch
 
 from alphapo import alphapo_reward
-from data.files import read_jsonl, written_whole
+from command import run_command
+from data.files import check_output, is_finite_number, read_jsonl, written_whole
 
 # Those that experiments/alpha.py compares.
 ALPHAS = (-1, -0.25, 0, 0.1, 0.25, 0.5, 1)
+
+LARGEST_DRAWN = 1e100       # matplotlib squares what it draws
 
 # The curves of a run: panel, metric, line style.
 RUN_CURVES = (
@@ -32,6 +35,7 @@ RUN_CURVES = (
     (2, "eval_logps/margins", "-"),
 )
 
+DRIFT_NUMBERS = ("kl", "score", "displacement_chosen", "learning_rate")     # of a run
 
 # --- what all pictures share ----------------------------------------------------------------------
 
@@ -54,7 +58,20 @@ def style(axes, title, x, y):
 
 
 def column(records, name):
-    return [record[name] for record in records]
+    """The numbers in a field of records; null, of what was not finite, leaves a gap."""
+    return [math.nan if record[name] is None else record[name] for record in records]
+
+
+def check_fields(record, source, numbers, numbers_or_null):
+    """ValueError that names the source unless a record has these fields, as numbers that can be
+    drawn."""
+    for name in (*numbers, *numbers_or_null):
+        value = record.get(name)
+        if value is None and name in record and name in numbers_or_null:
+            continue
+        if not is_finite_number(value) or abs(value) > LARGEST_DRAWN:
+            raise ValueError(f"{source}: {name} is {value!r:.60}; expected a number, of a size "
+                             f"under {LARGEST_DRAWN:g}")
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -89,8 +106,11 @@ def read_run(folder):
     ValueError if there are none of held-out pairs."""
     folder = Path(folder)
     evaluations = []
-    for _, line in read_jsonl(folder / "metrics.jsonl"):
+    for source, line in read_jsonl(folder / "metrics.jsonl"):
         if "eval_displacement/chosen" in line:
+            check_fields(line, source, ["step"], [metric for _, metric, _ in RUN_CURVES])
+            if line.get("eval_judge_score") is not None:
+                check_fields(line, source, ["eval_judge_score"], ["eval_judge_stderr"])
             evaluations.append(line)
     if not evaluations:
         raise ValueError(f"{folder}/metrics.jsonl: no evaluations of held-out pairs; expected a "
@@ -152,14 +172,27 @@ def draw_judge(panel, lines, color):
 
 # --- drift ----------------------------------------------------------------------------------------
 
+def read_drift(file):
+    """The runs of a file of experiments/alpha.py, as a list for each label: a method or an alpha.
+    ValueError if there are none, or they lack a number."""
+    records_by_label = {}
+    for source, record in read_jsonl(file):
+        label = record.get("label")
+        if not isinstance(label, str):
+            raise ValueError(f"{source}: label is {label!r:.60}; expected the name of a way")
+        check_fields(record, source, DRIFT_NUMBERS, ["alpha"])
+        records_by_label.setdefault(label, []).append(record)
+    if not records_by_label:
+        raise ValueError(f"{file}: no runs; expected a file of experiments/alpha.py")
+    return records_by_label
+
+
 def drift(file):
     """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
     a line joins the means at each learning rate."""
-    # A label is a method or an alpha; each has a color.
-    records_by_label = {}
-    for _, record in read_jsonl(file):
-        records_by_label.setdefault(record["label"], []).append(record)
+    records_by_label = read_drift(file)
 
+    # Each label has a color.
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
     for label, records in records_by_label.items():
         alpha = records[0]["alpha"]
@@ -192,12 +225,13 @@ def draw_drift(panel, metric, records, color, label):
 
 # --- the command ----------------------------------------------------------------------------------
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["shapes", "runs", "drift"])
     parser.add_argument("inputs", nargs="*", help="run folders, or the file of an experiment")
     parser.add_argument("--output", required=True, help="picture file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_output(args.output, *args.inputs)
 
     # Each picture with the number of inputs that it takes.
     n_inputs = len(args.inputs)
@@ -217,7 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

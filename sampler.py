@@ -12,7 +12,6 @@ and values of earlier tokens from a cache.
 Axes: T tokens of a row, n running sequences, B rows of the cache, S tokens of room in each,
 P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocabulary.
 """
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
+
+from data.files import is_finite_number
+
+# Colder than this the quotients of logits may overflow; answers are greedy long before.
+LEAST_TEMPERATURE = 1e-6
+NOT_FINITE = -1             # in the place of a token: the logits were not finite
 
 
 # --- the KV cache ---------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)      # (B, V)
+    probs = (logits.float() / float(temperature)).softmax(-1)       # (B, V)
     V = probs.shape[-1]
 
     # 1. Candidates: the likeliest tokens, sorted, or the whole vocabulary in its own order.
@@ -138,6 +143,7 @@ def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
     # makes that product less than kept in float64 too.
     point = uniform[:, None] * kept
     choice = torch.searchsorted(cdf, point, right=True)     # (B, 1)
+    choice.clamp_(max=cdf.shape[-1] - 1)                    # for NaN, which the caller refuses
     if candidates is not None:
         choice = candidates.gather(-1, choice)
     tokens = choice[:, 0]
@@ -212,11 +218,17 @@ def generate(
         uniform = np.array([sequence.random.random() for sequence in running])
         uniform = torch.from_numpy(uniform).to(model.device)
         tokens = sample(logits, uniform, **sampling)        # (B,)
+        # What is drawn from NaN looks like any other token.
+        tokens[~logits.sum(-1).isfinite()] = NOT_FINITE
         if isinstance(model, FSDPModule):
             dist.broadcast(tokens, 0)   # ranks must stay in step even if they round differently
 
         # 4. Sequences that have ended leave.
         tokens = tokens.tolist()                            # waits for the GPU
+        if NOT_FINITE in tokens:
+            number = 1 + running[tokens.index(NOT_FINITE)].prompt
+            raise ValueError(f"prompt {number}: the model's logits are not finite; its weights are "
+                             "damaged, or were trained too far")
         ended = end_sequences(cache, running, tokens, stop_ids, max_new_tokens)
         for sequence in ended:
             answers[sequence.prompt][sequence.sample] = sequence.ids
@@ -281,8 +293,18 @@ def end_sequences(cache, running, tokens, stop_ids, max_new_tokens):
 def check_settings(model, *, samples, batch_size, max_new_tokens, temperature, top_p, top_k):
     """ValueError that names the setting of `generate` that is out of range."""
     positions = model.config.max_positions
+    # True and False are ints to Python, and NaN is a number.
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not is_finite_number(value):
+            raise ValueError(f"{name} = {value!r:.40}; expected a finite number")
+    counts = {"top_k": top_k, "samples": samples, "max_new_tokens": max_new_tokens,
+              "batch_size": batch_size}
+    for name, value in counts.items():
+        if type(value) is not int:
+            raise ValueError(f"{name} = {value!r:.40}; expected a whole number")
     settings = (    # name, value, whether it is in range, the range
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("temperature", temperature, temperature == 0 or temperature >= LEAST_TEMPERATURE,
+         f"0 or more, if it is not 0 at least {LEAST_TEMPERATURE}"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
         ("top_k", top_k, top_k >= 0, "0 or more"),
         ("samples", samples, samples > 0, "1 or more"),

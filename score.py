@@ -12,9 +12,15 @@ reads the last token of that, and its scores differ.
 
 Several scorers may be given. `all_rm_scores` is then their mean, `all_scorer_scores` the list of
 each one, judges first, and `scorers` their names. Nothing is rescaled: a scorer of 0 to 100 drowns
-one of 0 to 1, so the end of a run prints the mean and the spread of each. Lines go to
-OUTPUT.partial, which gets its final name once it is whole. The same call goes on with what it has
-written there, or in OUTPUT.
+one of 0 to 1, so the end of a run prints the mean and the spread of each.
+
+Lines go to OUTPUT.partial, which gets its final name once it is whole. The same call goes on with
+what it has written there, or in OUTPUT. Scores of different scorers are never mixed: a name in
+`scorers` ends with a digest of what the scorer is. That is, for a judge, the bytes of its file and
+the function's name (what it imports may change unseen); for a reward model, its config.json, its
+tokenizer and template files, the names and sizes of its weight files, and the chat format. So a
+line that is found is the one that would be written, byte by byte, but for the scores: these alone
+cannot be checked.
 """
 import argparse
 import json
@@ -22,12 +28,11 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -35,21 +40,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import cpu
-from data.files import parse_line, read_records, written_whole
-from data.preference import as_answers
-from judge import load_judge
-from model import Transformer, checkpoint_tensors, load_model
+from checkpoint import model_digest
+from command import lock, run_command, unlock_all
+from data.files import (
+    append_whole, is_finite_number, parse_line, read_json, read_records, written_whole)
+from data.preference import as_answers, content_hash
+from judge import ask, load_judge
+from model import Transformer, checkpoint_tensors, load_model, weight_files
 from tokenizer import CHAT_FORMATS, load_chat
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
 # At 8B in bf16 the widest activations, two of the MLP, take 1 GB.
 TOKENS_PER_ROW = 16384
 PROGRESS_SECONDS = 30       # between two lines of progress
+DIGITS = 8                  # of a digest, in a scorer's name
 # Fields that came of other scores and would be taken to belong to these.
 STALE = ("all_rm_scores", "all_scorer_scores", "scorers",
          "chosen", "rejected", "chosen_score", "rejected_score")
-# Fields that must be the same in a line that is scored already.
-SCORED_FIELDS = ("prompt", "system", "history", "all_generated_responses")
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -59,8 +66,10 @@ class JudgeScorer:
 
     def __init__(self, name):
         self.source = name
-        self.name = Path(name).name         # in the output
         self.judge = load_judge(name)
+        file, _, function = name.rpartition(":")
+        digest = content_hash([file], function)
+        self.name = f"{Path(name).name} {digest[:DIGITS]}"      # in the output
 
     def check(self, turns, answers):
         """A judge takes answers of any length."""
@@ -69,14 +78,10 @@ class JudgeScorer:
         scores = []
         for number, answer in enumerate(answers, 1):
             try:
-                score = self.judge(turns, answer)
-            except Exception as e:
-                raise RuntimeError(f"judge {self.source} failed on answer {number}") from e
-            try:
-                scores.append(float(score))
-            except (TypeError, ValueError):
-                raise ValueError(f"judge {self.source} gave answer {number} {score!r:.40}; "
-                                 "expected a number") from None
+                scores.append(ask(self.judge, turns, answer))
+            except (ValueError, RuntimeError) as e:
+                error = type(e)(f"judge {self.source}, answer {number}: {e}")
+                raise error from e.__cause__
         return scores
 
 
@@ -88,7 +93,7 @@ class ScalarReward(Transformer):
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
-        self.pad_id = fields.get("pad_token_id")
+        self.pad_id = read_pad_id(fields)
         self.score = nn.Linear(config.dim, 1, bias=False)
 
     def reward(self, ends, prompt):
@@ -117,12 +122,12 @@ class GatedReward(Transformer):
 
     def __init__(self, config, fields):
         super().__init__(replace(config, tied=True))        # tied, for there is no lm_head
-        self.pad_id = fields.get("pad_token_id")
+        self.pad_id = read_pad_id(fields)
         found = [fields.get(name, default) for name, default in self.defaults.items()]
         J, width, n_hidden, self.temperature = found
         sizes = (J, width, n_hidden)
         are_sizes = all(type(size) is int and size > 0 for size in sizes)
-        if not are_sizes or not self.temperature > 0:
+        if not are_sizes or not is_finite_number(self.temperature) or self.temperature <= 0:
             raise ValueError(f"config.json: {', '.join(self.defaults)} are "
                              f"{', '.join(map(str, found))}; expected positive numbers")
         self.regression_layer = nn.Linear(config.dim, J, bias=False)
@@ -145,6 +150,14 @@ class GatedReward(Transformer):
         return objectives @ self.reward_transform_matrix @ gate             # (N,)
 
 
+def read_pad_id(fields):
+    """pad_token_id of config.json's fields: an int, or None. ValueError if it is neither."""
+    pad_id = fields.get("pad_token_id")
+    if pad_id is not None and type(pad_id) is not int:
+        raise ValueError(f"config.json: pad_token_id = {pad_id!r:.60}; expected an id or null")
+    return pad_id
+
+
 def load_reward_model(folder, dtype=torch.float32, device="cpu"):
     """A Transformer with the head that its weights name. ValueError if they name none.
 
@@ -162,8 +175,7 @@ def load_reward_model(folder, dtype=torch.float32, device="cpu"):
 
     # load_model calls this once it has checked config.json.
     def build(config):
-        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
-        return kind(config, json.loads(text))
+        return kind(config, read_json(Path(folder) / "config.json"))
 
     model = load_model(folder, dtype, device, build=build, handled=kind.handled)
     # Names of the body begin with "model.", as in any Hugging Face folder; the rest is the head.
@@ -229,6 +241,9 @@ class RewardScorer:
         self.name = Path(folder).resolve().name         # in the output
         if self.chat.date:                              # of a chat template that writes it
             self.name += f" on {self.chat.date}"
+        sizes = [[file.name, file.stat().st_size] for file in weight_files(Path(folder))]
+        digest = model_digest(folder, sizes, type(self.chat).__name__)
+        self.name += f" {digest[:DIGITS]}"
 
     def _check_layout(self):
         """ValueError unless the chat format ends prompts and answers as the head reads them."""
@@ -301,8 +316,8 @@ def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_sta
 def scored_before(path, lines, names):
     """(number of `lines` that a file holds already, its bytes up to there).
 
-    lines: an iterator of read_answers, which moves past them. names: of the scorers. A last line
-    that was cut short does not count. ValueError if the file holds other answers or scorers.
+    lines: an iterator of read_answers. names: of the scorers. A last line that was cut short does
+    not count. ValueError if the file holds anything else than these lines, scored by these scorers.
     """
     done = 0
     size = 0
@@ -311,40 +326,85 @@ def scored_before(path, lines, names):
     # In binary, because `size` counts bytes.
     with open(path, "rb") as f:
         for text in f:
+            place = f"{path}:{done + 1}"
+            line = next(lines, None)
+            if line is None:
+                raise ValueError(f"{place}: found another line than the {done} of the input; "
+                                 "name a new output")
+            source, record, _, answers = line
             # A line that was cut short ends what is done. If it is the first one, and of OUTPUT,
-            # it is compared below: the file may be something else, not to be overwritten.
+            # it is refused: the file may be something else, not to be overwritten.
             is_ours = done > 0 or path.suffix == ".partial"
-            if not text.endswith(b"\n") and is_ours:
+            if is_ours and is_cut(text, record):
                 break
-            found = parse_line(f"{path}:{done + 1}", text)
-            source, record, _, _ = next(lines, ("no more lines", {}, [], []))
-            is_same = found.get("scorers") == names
-            for name in SCORED_FIELDS:
-                is_same = is_same and found.get(name) == record.get(name)
-            if not is_same:
+            found = parse_line(place, text)
+            if found.get("scorers") != names:
                 raise ValueError(
-                    f"{path}:{done + 1}: found another line than {source} scored by "
-                    f"{', '.join(names)}; expected a new file, or one that the same call began")
+                    f"{place}: found another line than {source} scored by {', '.join(names)}: "
+                    f"scorers = {found.get('scorers')!r:.200}; go on with the same scorers, or "
+                    "name a new output")
+            # Its last line may have lost the end of line to an editor, or to a kill.
+            if text.removesuffix(b"\n") != line_again(found, record, answers, names):
+                raise ValueError(
+                    f"{place}: found another line than {source} scored by {', '.join(names)}; "
+                    "expected a new file, or one that the same call began; put it right, or name "
+                    "a new output")
             done += 1
             size += len(text)
     return done, size
 
 
-def begin_output(output, lines, names):
-    """(the file to append to, how many of `lines` it holds): OUTPUT.partial, which begins as what
-    there is of OUTPUT."""
+def is_cut(text, record):
+    """Whether `text` is the beginning of the scored line of a record, without its end."""
+    if text.endswith(b"\n"):
+        return False
+    try:
+        parse_line("", text)
+        return False        # whole: the beginning of an object is no JSON
+    except ValueError:
+        start = as_line(without_scores(record)).removesuffix(b"}")
+        return text.startswith(start) or start.startswith(text)
+
+
+def ends_line(file):
+    """Whether the last character of a file ends a line."""
+    with open(file, "rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read() == b"\n"
+
+
+def line_again(found, record, answers, names):
+    """The line that a record would be, in bytes, with the scores that were `found` in one. None if
+    these are no scores of its answers."""
+    scores = found.get("all_scorer_scores") if len(names) > 1 else [found.get("all_rm_scores")]
+    if not isinstance(scores, list) or len(scores) != len(names):
+        return None
+    for of_one in scores:
+        if not isinstance(of_one, list) or len(of_one) != len(answers):
+            return None
+        if not all(type(score) is float for score in of_one):
+            return None
+    return as_line(with_scores(record, scores, names))
+
+
+def begin_output(output, read, names, total):
+    """(the file to append to, how many of `total` lines it holds): OUTPUT.partial, which begins as
+    what there is of OUTPUT. It is not there if OUTPUT is whole. read: called for an iterator of the
+    lines."""
     output = Path(output)
     begun = Path(f"{output}.partial")
+    # OUTPUT is looked at in any case: at the end it is replaced.
+    done, size = scored_before(output, read(), names)
     if begun.exists():
-        done, size = scored_before(begun, lines, names)
-    else:
-        done, size = scored_before(output, lines, names)
+        done, size = scored_before(begun, read(), names)
+    elif done and not (done == total and ends_line(output)):
         # OUTPUT stays as it is until all lines are scored.
-        if done:
-            with written_whole(begun) as temporary:
-                shutil.copyfile(output, temporary)
+        with written_whole(begun) as temporary:
+            shutil.copyfile(output, temporary)
     if begun.exists():
         os.truncate(begun, size)        # without a last line that was cut short
+        if size and not ends_line(begun):
+            append_whole(begun, "\n")
     return begun, done
 
 
@@ -387,13 +447,35 @@ def score_line(source, record, turns, answers, scorers):
     except Exception as e:
         e.add_note(f"at {source}")      # a mistake in the judge: its traceback is needed
         raise
-    # What another call wrote of scores is replaced, and the pair that was made of them.
-    record = {name: value for name, value in record.items() if name not in STALE}
-    record["all_rm_scores"] = [statistics.fmean(of_answer) for of_answer in zip(*scores)]
-    if len(scorers) > 1:
+    names = [scorer.name for scorer in scorers]
+    return with_scores(record, scores, names), scores
+
+
+def without_scores(record):
+    """A record without what another call wrote of scores, and the pair that was made of them."""
+    return {name: value for name, value in record.items() if name not in STALE}
+
+
+def with_scores(record, scores, names):
+    """The record with the scores of each scorer (a list of lists), and the scorers' names."""
+    record = without_scores(record)
+    record["all_rm_scores"] = [mean(of_answer) for of_answer in zip(*scores)]
+    if len(scores) > 1:
         record["all_scorer_scores"] = scores
-    record["scorers"] = [scorer.name for scorer in scorers]
-    return record, scores
+    record["scorers"] = names
+    return record
+
+
+def mean(values):
+    try:
+        return statistics.fmean(values)
+    except OverflowError:       # their sum is over 1e308
+        return math.fsum(value / len(values) for value in values)
+
+
+def as_line(record):
+    """A record as a line of JSON, in bytes and without the end of line."""
+    return json.dumps(record, ensure_ascii=False).encode()
 
 
 def score_lines(lines, scorers, file, done, total):
@@ -403,32 +485,53 @@ def score_lines(lines, scorers, file, done, total):
     """
     scores = [[] for _ in scorers]
     n_stale = 0
-    began = time.time()
+    began = time.monotonic()
     told = began            # when a line of progress was printed
-    with open(file, "a", encoding="utf-8") as f:
-        for n, (source, record, turns, answers) in enumerate(lines, 1):
-            scored, new = score_line(source, record, turns, answers, scorers)
-            # Flushed, because a line may be an hour's or a dollar's worth.
-            print(json.dumps(scored, ensure_ascii=False), file=f, flush=True)
-            n_stale += any(name in record for name in STALE)
-            for of_one, new_of_one in zip(scores, new):
-                of_one += new_of_one
-            now = time.time()
-            if now - told > PROGRESS_SECONDS:
-                told = now
-                rate = n / (now - began)
-                left = (total - done - n) / rate
-                print(f"{done + n}/{total} prompts  {rate:.2f} prompts/s  {left / 60:.0f} min "
-                      "left", flush=True)
+    for n, (source, record, turns, answers) in enumerate(lines, 1):
+        scored, new = score_line(source, record, turns, answers, scorers)
+        # At once, because a line may be an hour's or a dollar's worth.
+        append_whole(file, as_line(scored).decode() + "\n")
+        n_stale += any(name in record for name in STALE)
+        for of_one, new_of_one in zip(scores, new):
+            of_one += new_of_one
+        now = time.monotonic()
+        if now - told > PROGRESS_SECONDS:
+            told = now
+            rate = n / (now - began)
+            left = (total - done - n) / rate
+            print(f"{done + n}/{total} prompts  {rate:.2f} prompts/s  {left / 60:.0f} min "
+                  "left", flush=True)
     return scores, n_stale
+
+
+def claim_output(output):
+    """Locks the file to write, before hours of work. ValueError or OSError if it cannot be
+    written."""
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}; make it, or name another "
+                         "output")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output}: not a file; name another output")
+    lock(f"{output}.lock")
 
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        score_file(args)
+    finally:
+        unlock_all()
+
+
+def score_file(args):
+    """Scores the answers of a file: the whole command, but for its flags."""
     read = partial(read_answers, args.input, skip_bad_lines=args.skip_bad_lines,
                    as_it_stands=args.as_it_stands)
 
-    # 1. Bad lines are found before models are loaded, which takes minutes.
+    # 1. The output is ours alone. Bad lines are found before models are loaded, which takes
+    # minutes.
+    claim_output(args.output)
     for _ in read():
         pass
 
@@ -447,27 +550,30 @@ def main(argv=None):
         print(f"{args.input}: {n} dropped: {reason}", flush=True)
 
     # 4. What is scored already.
-    lines = read(scorers)
-    begun, done = begin_output(args.output, lines, names)
+    begun, done = begin_output(args.output, partial(read, scorers), names, total)
+    if not total:
+        raise ValueError(f"{args.input}: no answers to score")
+    if done == total and not begun.exists():
+        print(f"{args.output}: all {total} lines are scored already; nothing is left to do")
+        return
     if done:
-        print(f"{args.output}: {done} of {total} lines are scored already")
+        print(f"{args.output}: {done} of {total} lines are scored already", flush=True)
 
     # 5. The rest.
-    began = time.time()
+    began = time.monotonic()
+    lines = islice(read(scorers), done, None)
     scores, n_stale = score_lines(lines, scorers, begun, done, total)
     begun.replace(args.output)
     stale = ""
     if n_stale:
         stale = f"; {n_stale} had been scored or paired before, which is replaced"
-    print(f"{args.output}: {total - done} lines scored in {time.time() - began:.0f} s{stale}")
+    seconds = time.monotonic() - began
+    print(f"{args.output}: {total - done} lines scored in {seconds:.0f} s{stale}")
     for name, of_one in zip(names, scores):
         if of_one:
-            print(f"  {name}: mean {statistics.fmean(of_one):.4g}, standard deviation "
+            print(f"  {name}: mean {mean(of_one):.4g}, standard deviation "
                   f"{statistics.pstdev(of_one):.4g}, {min(of_one):.4g} to {max(of_one):.4g}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

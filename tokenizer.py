@@ -201,6 +201,12 @@ def first_difference(a, b):
     return min(len(a), len(b))              # one is the beginning of the other
 
 
+def refuse_panic(error, what):
+    """ValueError that names `what`, if `error` is a panic of a Rust library: no Exception is."""
+    if type(error).__name__ == "PanicException":
+        raise ValueError(f"{what}: the library that reads it gives up ({error})") from None
+
+
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE of Llama-3, SmolLM2 and Qwen, merged by tiktoken.
 
@@ -214,6 +220,9 @@ class BytePairTokenizer(Tokenizer):
         self.pattern = pattern
         self.normal_form = normal_form
         self.bytes_of = {i: token for token, i in ranks.items()}
+        self.length_of = [0] * (1 + max(ranks.values()))
+        for token, i in ranks.items():
+            self.length_of[i] = len(token)
 
         # tiktoken wants an id for every byte. Those that the vocabulary lacks get ids past its
         # end, by which encode_run knows them.
@@ -223,17 +232,32 @@ class BytePairTokenizer(Tokenizer):
             if bytes([b]) not in ranks:
                 complete[bytes([b])] = free_id
                 free_id += 1
-        self.model = tiktoken.Encoding("model", pat_str=pattern, mergeable_ranks=complete,
-                                       special_tokens={})
+        # tiktoken drops text that the pattern does not match; the tokenizers library keeps each run
+        # of it as a piece, which here is what the last alternative matches.
+        covering = rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
+        try:
+            self.model = tiktoken.Encoding("model", pat_str=covering, mergeable_ranks=complete,
+                                           special_tokens={})
+        except BaseException as e:
+            refuse_panic(e, f"pattern {pattern!r:.200}")
+            raise
 
     def encode_run(self, text, place):
         if self.normal_form:
             text = unicodedata.normalize(self.normal_form, text)
-        ids = self.model.encode_ordinary(text)
-        # The tokenizers library drops such bytes silently.
-        if ids and max(ids) >= self.vocab_size:
+        try:
+            ids = self.model.encode_ordinary(text)
+        except BaseException as e:
+            refuse_panic(e, f"text {text[:80]!r}")
+            raise
+        try:
+            length = sum(map(self.length_of.__getitem__, ids))
+        except IndexError:
+            # The tokenizers library drops such bytes silently.
             raise ValueError(f"text holds a character whose bytes are not in the vocabulary: "
-                             f"{text[:80]!r}")
+                             f"{text[:80]!r}") from None
+        if length != len(text.encode()):
+            raise ValueError(f"the tokenizer's pattern loses a part of the text {text[:80]!r}")
         return ids
 
     def decode_run(self, ids, place):
@@ -264,8 +288,9 @@ class SentencePieceTokenizer(Tokenizer):
             if self.model.is_control(i):
                 control[self.model.id_to_piece(i)] = i
         super().__init__(control | dict(special), words, None, None, self.model.vocab_size())
-        self.bos_id = self.model.bos_id()
-        self.eos_id = self.model.eos_id()
+        # The library gives -1 for a token that the model lacks.
+        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
         self.spaced_places = SPACED_PLACES[prepend_scheme]
         self.newline = self.model.encode("\n")      # with the space that the library puts before
 
@@ -375,46 +400,10 @@ class CharacterPairTokenizer(Tokenizer):
         return ids
 
     def _merge(self, text):
-        """Ids of a text whose pairs are merged in the order of `rank`, leftmost first.
-
-        O(n log n) for n characters: a heap holds the pairs, linked lists hold the neighbors.
-        """
-        n = len(text)
-        token = list(text)                      # token[i] starts at i; None once it is merged away
-        after = [*range(1, n), None]            # the start of the next token
-        before = [None, *range(n - 1)]          # the start of the token before
-        heap = []                               # (rank, start, pair) of pairs to merge
-
-        def offer(left):
-            right = after[left]
-            if right is not None:
-                pair = (token[left], token[right])
-                if pair in self.rank:
-                    heapq.heappush(heap, (self.rank[pair], left, pair))
-
-        for start in range(n):
-            offer(start)
-        while heap:
-            _, left, pair = heapq.heappop(heap)
-            right = after[left]
-            if right is None or (token[left], token[right]) != pair:
-                continue                        # one of the two was merged with another since
-
-            # The left token takes the right one in.
-            token[left] += token[right]
-            token[right] = None
-            after[left] = after[right]
-            if after[left] is not None:
-                before[after[left]] = left
-
-            # The longer token makes new pairs with its neighbors.
-            if before[left] is not None:
-                offer(before[left])
-            offer(left)
-
+        """Ids of a text whose pairs are merged in the order of `rank`."""
         # What is left is in the vocabulary, or a character that is written as its bytes.
         ids = []
-        for part in filter(None, token):
+        for part in merge_pairs(list(text), self.rank.get):
             if part in self.vocab:
                 ids.append(self.vocab[part])
             else:
@@ -434,6 +423,48 @@ class CharacterPairTokenizer(Tokenizer):
 
     def run_piece(self, i):
         return self.piece_of.get(i, "")
+
+
+def merge_pairs(token, rank_of):
+    """The tokens of a list after merging neighbors, in the order of their rank, leftmost first.
+
+    rank_of((left, right)): the rank of a pair; None if it is never merged.
+    O(n log n) for n tokens: a heap holds the pairs, linked lists hold the neighbors.
+    """
+    n = len(token)
+    token = list(token)                     # token[i] starts at i; None once it is merged away
+    after = [*range(1, n), None]            # the start of the next token
+    before = [None, *range(n - 1)]          # the start of the token before
+    heap = []                               # (rank, start, pair) of pairs to merge
+
+    def offer(left):
+        right = after[left]
+        if right is not None:
+            pair = (token[left], token[right])
+            rank = rank_of(pair)
+            if rank is not None:
+                heapq.heappush(heap, (rank, left, pair))
+
+    for start in range(n):
+        offer(start)
+    while heap:
+        _, left, pair = heapq.heappop(heap)
+        right = after[left]
+        if right is None or (token[left], token[right]) != pair:
+            continue                        # one of the two was merged with another since
+
+        # The left token takes the right one in.
+        token[left] += token[right]
+        token[right] = None
+        after[left] = after[right]
+        if after[left] is not None:
+            before[after[left]] = left
+
+        # The longer token makes new pairs with its neighbors.
+        if before[left] is not None:
+            offer(before[left])
+        offer(left)
+    return [part for part in token if part is not None]
 
 
 def byte_name(b):
@@ -464,6 +495,8 @@ LLAMA3_SPECIAL = [
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
 ]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
+
+MAX_ID = 2**24          # of a token: past any vocabulary, and lists of so many fit in memory
 
 # The tokens that transformers' classes have where tokenizer_config.json does not name them.
 CLASS_TOKENS = {
@@ -499,42 +532,77 @@ def load_tokenizer(folder):
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a model folder, as `hf download` "
                          "makes it from the hub")
-    try:
-        return _read_folder(folder)
-    except (KeyError, IndexError, TypeError, AttributeError) as e:
-        # No check below foresaw this: a list where an object belongs, a field that is absent.
-        raise ValueError(f"{folder}: its tokenizer files are not written as such files are "
-                         f"({type(e).__name__}: {e}); fetch them again") from e
-
-
-def _read_folder(folder):
     # The settings, and what they add, go with either kind of file.
     settings = _read_json(folder / "tokenizer_config.json")
     spec = _read_json(folder / "tokenizer.json")
     added = _added_tokens(folder, settings, spec)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = _read_tokenizer_json(folder / "tokenizer.json", spec, added)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        with _naming(path):
+            tokenizer = _read_tokenizer_json(path, spec, added)
         tokenizer.note = _other_reading(folder, settings, tokenizer)
         return tokenizer
 
     # Meta's own folders have tokenizer.model in a folder of its own.
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if path.exists():
-            return _read_tokenizer_model(path, settings, added)
+            with _naming(path):
+                return _read_tokenizer_model(path, settings, added)
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model; fetch the one that the "
                      "model came with")
 
 
-def _read_json(path):
-    """The object that a JSON file holds; an empty one if there is no such file."""
-    if not path.exists():
-        return {}
+@contextmanager
+def _naming(path):
+    """Any error of a block that reads a file is a ValueError that names it.
+
+    The checks of the block say more; no check foresees a list where an object belongs, or a field
+    that is absent.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as e:
+        if isinstance(e, ValueError) and str(path.parent) in str(e):
+            raise
+        raise ValueError(f"{path}: not written as such files are ({type(e).__name__}: {e!s:.200}); "
+                         "fetch it again") from e
+    except BaseException as e:
+        refuse_panic(e, path)
+        raise
+
+
+def _read_json(path):
+    """The object that a JSON file holds; an empty one if there is no such file.
+
+    ValueError names the file and what is wrong with it.
+    """
+    if not path.exists() and not path.is_symlink():
+        return {}
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file, or a link that leads nowhere; fetch it again")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_each_key_once)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {content!r:.60}")
+        # Half a surrogate pair is no character; only an escape can write it.
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON for this purpose (nested too deeply)") from None
     except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {content!r:.60}")
+        raise ValueError(f"{path}: not valid JSON ({e!s:.300})") from None
+    return content
+
+
+def _each_key_once(pairs):
+    """A JSON object as a dict. ValueError if it has a key twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in content if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r:.60} twice")
     return content
 
 
@@ -547,8 +615,10 @@ def token_names(folder):
     """
     folder = Path(folder)
     # tokenizer_config.json counts where both files name a token.
-    settings = _read_json(folder / "special_tokens_map.json")
-    settings |= _read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    map_path = folder / "special_tokens_map.json"
+    own_settings = _read_json(path)
+    settings = _read_json(map_path) | own_settings
     family = str(settings.get("tokenizer_class")).removesuffix("Fast")
     defaults = CLASS_TOKENS.get(family, {})
     names = {}
@@ -558,8 +628,8 @@ def token_names(folder):
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and not isinstance(token, str):
-            raise ValueError(f"{folder}/tokenizer_config.json: {key} = {token!r:.60}; expected a "
-                             "string")
+            raise ValueError(f"{path if key in own_settings else map_path}: {key} = "
+                             f"{token!r:.60}; expected a string")
         if token:
             names[key] = token
     return names
@@ -573,23 +643,37 @@ def _added_tokens(folder, settings, spec):
     #   added_tokens.json       {"<|im_end|>": 32000}
     #   tokenizer.json          [{"id": 32000, "content": "<|im_end|>", "special": true, ...}]
     #   tokenizer_config.json   {"32000": {"content": "<|im_end|>", "special": true, ...}}
-    listed = []                 # (name, id, flags)
-    for name, i in _read_json(folder / "added_tokens.json").items():
-        listed.append((name, i, {}))
-    for token in spec.get("added_tokens") or []:
-        listed.append((token["content"], token["id"], token))
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        listed.append((token["content"], i, token))
+    listed = []                 # (path, name, id, flags)
+    path = folder / "added_tokens.json"
+    for name, i in _read_json(path).items():
+        listed.append((path, name, i, {}))
+    path = folder / "tokenizer.json"
+    with _naming(path):
+        for token in spec.get("added_tokens") or []:
+            listed.append((path, token["content"], token["id"], token))
+        _check_numbering(path, spec)
+        vocab = dict((spec.get("model") or {}).get("vocab") or {})
+    path = folder / "tokenizer_config.json"
+    with _naming(path):
+        for i, token in (settings.get("added_tokens_decoder") or {}).items():
+            # int() itself takes more for a number, such as "1_0".
+            number = int(i) if re.fullmatch("[0-9]{1,10}", i) else i
+            listed.append((path, token["content"], number, token))
 
     # Where several files have a token they must agree on its id; the flags of the last count.
-    _check_numbering(folder / "tokenizer.json", spec)
     ids = {}
     flags_of = {}
-    for name, i, flags in listed:
-        if ids.setdefault(name, int(i)) != int(i):
+    name_of = {i: name for name, i in vocab.items()}
+    for path, name, i, flags in listed:
+        _check_added_token(path, name, i, flags)
+        if ids.setdefault(name, i) != i:
             raise ValueError(f"{folder}: added token {name!r} has the id {ids[name]} in one file "
                              f"and {i} in another; expected the same in tokenizer.json, "
                              "tokenizer_config.json and added_tokens.json")
+        if name_of.setdefault(i, name) != name or vocab.get(name, i) != i:
+            raise ValueError(f"{path}: added token {name!r} has the id {i}, which is that of "
+                             f"{name_of[i]!r}, or another than in the vocabulary; expected an id "
+                             "for each token")
         flags_of[name] = flags
 
     # The normalizer may be one step or a sequence of steps.
@@ -600,9 +684,8 @@ def _added_tokens(folder, settings, spec):
 
 def _check_numbering(path, spec):
     """ValueError unless transformers gives all tokens of tokenizer.json the ids that it says."""
-    model = spec.get("model") or {}
-    vocab = model.get("vocab") or {}
-    possible = all(type(i) is int and 0 <= i < 2**31 for i in vocab.values())
+    vocab = (spec.get("model") or {}).get("vocab") or {}
+    possible = all(type(i) is int and 0 <= i < MAX_ID for i in vocab.values())
     if not possible or len(set(vocab.values())) < len(vocab):
         raise ValueError(f"{path}: the ids of its vocabulary are not different numbers from 0 on; "
                          "the file is damaged, fetch it again")
@@ -613,10 +696,21 @@ def _check_numbering(path, spec):
     for token in spec.get("added_tokens") or []:
         i = vocab.get(token["content"], last + 1)
         last = max(last, i)
-        if i != token["id"]:
+        if i != token["id"] or type(token["id"]) is not int:
             raise ValueError(f"{path}: added token {token['content']!r} has id {token['id']}, "
                              f"which transformers takes for {i}; number added tokens on from the "
                              "vocabulary's end")
+
+
+def _check_added_token(path, name, i, flags):
+    """ValueError unless an added token has a name, an id, and flags that are true or false."""
+    if not isinstance(name, str) or not name or type(i) is not int or not 0 <= i < MAX_ID:
+        raise ValueError(f"{path}: added token {name!r:.60} with id {i!r:.60}; expected a name and "
+                         "a number from 0 on")
+    for flag in ("special", "normalized", "lstrip", "rstrip", "single_word"):
+        if not isinstance(flags.get(flag, False), bool):
+            raise ValueError(f"{path}: added token {name!r:.60} has {flag} = {flags[flag]!r:.60}; "
+                             "expected true or false")
 
 
 def _sort_tokens(folder, ids, flags_of, named, prepends):
@@ -631,9 +725,6 @@ def _sort_tokens(folder, ids, flags_of, named, prepends):
     whole = {}
     for name, i in ids.items():
         flags = flags_of[name]
-        if not isinstance(name, str) or not name or not 0 <= i < 2**31:
-            raise ValueError(f"{folder}: added token {name!r} with id {i}; expected a name and a "
-                             "number from 0 on")
         # A token without the flag, or with a role, is a control token.
         late = prepends and flags.get("normalized")
         if flags.get("special", True) or name in named:
@@ -724,22 +815,124 @@ def _read_byte_level(path, spec, merges, added):
     # The vocabulary may list added tokens by name; all others are spelled bytes.
     vocab = spec["model"]["vocab"]
     byte_of = _byte_alphabet()
+    spelled = {}
     ranks = {}
     for token, i in vocab.items():
         if token not in added.special and token not in added.words:
+            spelled[token] = i
             ranks[bytes(byte_of[c] for c in token)] = i
 
-    # tiktoken merges the pair whose result has the lowest id; the file says to merge the pair that
-    # is listed first. Both do the same if results are listed in the order of their ids (a result
-    # may be listed once for each way to make it) and every token is a byte or such a result.
-    results = [vocab[a + b] for a, b in merges]
-    single = {i for token, i in ranks.items() if len(token) == 1}
-    reachable = single.union(results)
-    if sorted(results) != results or not reachable.issuperset(ranks.values()):
-        raise ValueError(f"{path}: merges are not in the order of the vocabulary, or it has tokens "
-                         "that no merge makes; this vocabulary cannot be read exactly")
+    # The file says to merge the pair that is listed first, tiktoken merges the pair whose result
+    # has the lowest id: the same only if results are listed in the order of their ids. (A result
+    # may be listed once for each way to make it.)
+    results = [vocab[left + right] for left, right in merges]
+    if sorted(results) != results:
+        raise ValueError(f"{path}: merges are not in the order of the vocabulary; this vocabulary "
+                         "cannot be read exactly")
+    _check_merges(path, spelled, merges, spec["model"].get("ignore_merges") is True)
     return BytePairTokenizer(ranks, pattern, added.special, added.bos, added.eos, normalizer,
                              added.words)
+
+
+def _check_merges(path, ids, merges, ignore_merges):
+    """ValueError unless tiktoken, which knows the ids alone, merges what the file lists.
+
+    ids: {token: id}, a character for each byte. merges: pairs of tokens in the order of the ids of
+    their results. ignore_merges: whether a piece of text that is a token becomes that token even
+    where merging does not lead to it, as it does in tiktoken.
+
+    tiktoken makes a token of two others wherever they stand side by side. Yet it comes to each in
+    one way only: what happens to the bytes of a token before it is there is what happens to them
+    alone. So the two parts that are left of them then have to be listed, and no others matter.
+    """
+    # {token: (these two parts, its id)}. The parts are in here too, that is have lower ids, or are
+    # bytes, which have no parts.
+    halves = {token: (None, None, -1) for token in ids if len(token) == 1}
+    for left, right in merges:
+        token = left + right
+        if token not in halves and left in halves and right in halves and token in ids:
+            if _ends_with(left, right, ids, halves):
+                halves[token] = (left, right, ids[token])
+
+    # Of these few the listed pairs are not known to be the parts: merge their bytes.
+    unknown = ids.keys() - halves.keys()
+    listed = {tuple(pair) for pair in merges} if unknown else set()
+    for token in unknown:
+        def rank_of(pair):
+            return ids.get(pair[0] + pair[1]) if pair[0] + pair[1] != token else None
+
+        parts = tuple(merge_pairs(token, rank_of))
+        reached = len(parts) == 2
+        if not token or (reached and parts not in listed) or not (reached or ignore_merges):
+            raise ValueError(f"{path}: merging leads to {parts!r:.80} for the token {token!r:.60}, "
+                             "of which the file lists no merge; this vocabulary cannot be read "
+                             "exactly")
+
+
+def _ends_with(left, right, ids, halves):
+    """Whether merging the bytes of left + right, without the merge of these two, ends with them.
+
+    It undoes the merges beside the border, the latest first. A pair across the border must not
+    come before the merge that took one of the two away.
+    """
+    _, left_end, left_id = halves[left]
+    right_start, _, right_id = halves[right]
+    while left_id >= 0 or right_id >= 0:
+        if left_id > right_id:
+            limit = left_id
+            left = left_end
+            _, left_end, left_id = halves[left]
+        else:
+            # At the same id the pair across, which is further left, comes first.
+            limit = right_id + 1
+            right = right_start
+            right_start, _, right_id = halves[right]
+        if ids.get(left + right, limit) < limit:
+            return False
+    return True
+
+
+# What the regular expressions of the tokenizers library (Oniguruma's) and of tiktoken (Rust's) have
+# in common. They read otherwise: \w, \b, ^, $, [[:punct:]], a(?i)b|c, and (?i:ss), which Oniguruma
+# finds in "ß".
+REGEX_ATOM = re.compile(r"""
+    (?P<look>\(\?(?:[=!]|<[=!]))
+    |(?P<text>\(\?i:(?:'?(?:[a-z]{1,2}(?<!ss|ff|fi|fl|st)|\[[a-z]+\])\|?)+\)
+        |\\[pP]\{\^?\w+\}|\\[sSdDrnt]|\\[!-/:-@\[-`{-~]|[^\\()\[\]{}|*+?^$]
+        |\[\^?(?:\\[pP]\{\^?\w+\}|\\[sSdDrnt]|\\[!-/:-@\[-`{-~]|(?!--)[^\\\[\]&~])+\])
+    |(?P<group>\((?:\?[:>])?(?!\?)|[)|])
+    |(?P<repeat>[*+?](?P<kind>[+?])?(?![*+?{])|\{[0-9]+(?:,[0-9]*)?\}(?![*+?{]))
+    """, re.VERBOSE)
+
+
+def _check_pattern(path, pattern):
+    """ValueError unless a pattern is made of REGEX_ATOM and always matches some text."""
+    # The skeleton has an x for what matches one character or more. Where text is only looked at,
+    # nothing is matched.
+    skeleton = ""
+    at = 0
+    while at < len(pattern):
+        atom = REGEX_ATOM.match(pattern, at)
+        if not atom:
+            raise ValueError(f"{path}: pre_tokenizer cuts by the pattern {pattern!r:.200}, whose "
+                             f"{pattern[at:at + 10]!r} is not known to be read alike everywhere")
+        if atom["look"]:
+            skeleton += "(?:|"
+        elif atom["text"]:
+            skeleton += "x"
+        elif atom["group"]:
+            skeleton += "(?:" if atom[0].startswith("(") else atom[0]
+        else:
+            skeleton += atom[0][0] if atom["kind"] else atom[0]
+        at = atom.end()
+    try:
+        empty = re.fullmatch(skeleton, "")
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path}: pre_tokenizer cuts by {pattern!r:.200}, which is no regular "
+                         f"expression ({e})") from None
+    if empty:
+        raise ValueError(f"{path}: pre_tokenizer cuts by {pattern!r:.200}, which matches the empty "
+                         "text too; expected a pattern that does not")
 
 
 def _cutting_pattern(path, pre_tokenizer):
@@ -767,6 +960,7 @@ def _cutting_pattern(path, pre_tokenizer):
     elif len(steps) == 2 and first["type"] == "Split" and "Regex" in first["pattern"]:
         if first["behavior"] == "Isolated" and not first["invert"]:
             pattern = first["pattern"]["Regex"]
+            _check_pattern(path, pattern)
     if pattern is None or byte_level.get("add_prefix_space"):
         raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre_tokenizer)[:200]} is not "
                          "supported")
@@ -789,6 +983,9 @@ def _byte_alphabet():
 
 def _read_byte_fallback(path, spec, merges, added):
     vocab = spec["model"]["vocab"]
+    if spec["model"].get("ignore_merges"):
+        raise ValueError(f"{path}: model has ignore_merges = true with byte_fallback, which is not "
+                         "supported; expected false")
     prepend_scheme = _prepend_scheme(spec)
     # Without a token for each byte, characters outside the vocabulary would all become <unk>.
     missing = [b for b in range(256) if byte_name(b) not in vocab]
@@ -799,6 +996,10 @@ def _read_byte_fallback(path, spec, merges, added):
                          f"(normalizer {normalizer}, pre_tokenizer {pre_tokenizer}, "
                          f"{len(missing)} bytes without a token); fetch tokenizer.model of the "
                          "same model, if it has one, and move this file away")
+    for left, right in merges:
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise ValueError(f"{path}: merges {left!r:.40} and {right!r:.40}, which its vocabulary "
+                             "lacks, or their sum; the file is damaged, fetch it again")
     return CharacterPairTokenizer(vocab, merges, added.special, added.words, added.bos, added.eos,
                                   prepend_scheme, added.whole)
 
@@ -1304,7 +1505,9 @@ class ChatTemplate(ChatFormat):
                     raise OverflowError(f"it writes more than {EXTRA_CHARACTERS} characters of "
                                         "its own")
                 pieces.append(piece)
-        return "".join(pieces)
+            text = "".join(pieces)
+            refuse_half_pairs(text)
+        return text
 
     @contextmanager
     def bounded(self):
@@ -1326,9 +1529,9 @@ class ChatTemplate(ChatFormat):
         self.tokenizer.reserve(names)
         # BREAK goes after the first of several characters.
         for name in self.tokenizer.special:
-            if len(name) < 2:
-                raise ValueError(f"control token {name!r} is a single character, which cannot be "
-                                 "told from text")
+            if len(name) < 2 or BREAK in name:
+                raise ValueError(f"{self.source}: control token {name!r} is a single character, or "
+                                 f"holds {BREAK!r}; it cannot be told from text")
         self.find_control = any_of(self.tokenizer.special)
 
     def break_control(self, content):
@@ -1461,11 +1664,13 @@ def load_chat_format(folder, tokenizer, name=None, date=None):
         chat.source += " (there is no chat template; told from the control tokens)"
 
     # The makers name all tokens that end generation, also such as the layout does not write.
-    ends = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+    ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if ends is None:
+        ends = []
     if not isinstance(ends, list):
         ends = [ends]
     for i in ends:
-        if type(i) is not int or i < 0:
+        if type(i) is not int or not 0 <= i < MAX_ID:
             raise ValueError(f"{folder}/generation_config.json: eos_token_id = {ends!r:.60}; "
                              "expected an id or a list of ids")
     chat.stop_ids |= set(ends)
@@ -1476,7 +1681,7 @@ def find_template(folder):
     """(chat template, where it is from) of a model folder; empty strings if it has none."""
     # transformers prefers a file of its own over the field in the settings.
     file = folder / "chat_template.jinja"
-    if file.exists():
+    if file.exists() or file.is_symlink():
         try:
             return file.read_text(encoding="utf-8"), f"the chat template {file}"
         except ValueError as e:
@@ -1486,10 +1691,13 @@ def find_template(folder):
     template = _read_json(settings).get("chat_template") or ""
     if isinstance(template, list):
         # Several templates, [{"name": "default", "template": "..."}, ...].
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        named = {}
+        for t in template:
+            if isinstance(t, dict):
+                named[str(t.get("name"))] = t.get("template")
         if named and "default" not in named:
             raise ValueError(f"{settings}: chat_template has templates named "
-                             f"{', '.join(map(str, named))}; expected one named default among "
+                             f"{', '.join(named)}; expected one named default among "
                              "them, or choose a layout with --chat_format")
         template = named.get("default", "")
     if not isinstance(template, str):
@@ -1546,6 +1754,10 @@ def check_vocabulary(folder, chat, rows):
         raise ValueError(f"{folder}: text and chat layout use {needed} tokens "
                          f"({tokenizer.spell([needed - 1])!r} is the last), the embedding has "
                          f"{rows} rows; the files do not belong together")
+    if chat.stop_ids and max(chat.stop_ids) >= rows:
+        raise ValueError(f"{folder}: generation ends at the id {max(chat.stop_ids)} (eos_token_id "
+                         "of generation_config.json, or the tokenizer's end token), the embedding "
+                         f"has {rows} rows; the files do not belong together")
 
 
 # --- python tokenizer.py FOLDER -------------------------------------------------------------------

@@ -41,19 +41,20 @@ from torch.distributed.fsdp import FSDPModule
 from alphapo import (
     alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss)
 from checkpoint import (
-    check_same_run, check_space, claim_output, identity_of, load_checkpoint, log_metrics,
-    newest_checkpoint, read_metrics, read_run, save_checkpoint)
-from data.files import write_whole
+    check_same_run, check_space, claim_output, finish_checkpoint, identity_of, load_checkpoint,
+    log_metrics, model_digest, newest_checkpoint, read_metrics, read_run, save_checkpoint)
+from command import unlock_all
+from data.files import is_finite_number, read_json, write_whole
 from data.preference import (
-    PackedPairs, PreferencePair, check_fit, content_hash, epoch_steps, hold_out, keep_pairs,
-    load_pairs, pack, read_kept_pairs)
+    PackedPairs, PreferencePair, are_kept, check_fit, content_hash, epoch_steps, hold_out,
+    keep_pairs, load_pairs, pack, read_kept_pairs)
 from distributed import (
-    clip_gradients, forget_gathered_weights, from_rank_0, join_ranks, leave_ranks, load_sharded,
-    local_rank, noted_signals, ranks_of_node, restart_count, run_rank, say, set_gradient_sync,
-    signal_of_any_rank)
+    Noted, Stop, clip_gradients, forget_gathered_weights, from_rank_0, join_ranks, leave_if,
+    leave_ranks, load_sharded, local_rank, noted_signals, ranks_of_node, restart_count, run_rank,
+    say, set_gradient_sync, signal_of_any_rank)
 from judge import Judge, load_judge
 from model import (
-    COPIED_FILES, Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
+    Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
 from tokenizer import ChatFormat, load_chat
 
 ROOT = Path(__file__).resolve().parent
@@ -143,6 +144,7 @@ MAY_CHANGE = (
     "skip_bad_lines", "as_it_stands")
 CACHE_BYTES = 20 * 10**6        # smaller data is tokenised in a few seconds
 MAX_SKIPPED = 3                 # steps in a row that are not finite; then the run gives up
+RETRY_SECONDS = 60              # between two tries to save the end of a run on a full disk
 
 
 # --- the objective --------------------------------------------------------------------------------
@@ -327,20 +329,33 @@ def make_optimizer(model, config):
 # --- evaluation -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def score_pairs(model, pairs, config):
-    """Results (B, 5) of B pairs, in their order, on every rank."""
-    rows = pack(pairs, config.tokens_per_micro_batch, dist.get_world_size())
-    results = run_rows(model, rows, config)
-    forget_gathered_weights(model)      # no backward pass follows that would
-    return results
+def score_pairs(model, pairs, config, noted=None):
+    """Results (B, 5) of B pairs, in their order, on every rank. With `noted`, of noted_signals, it
+    raises Stop on all of them after a signal."""
+    results = []
+    try:
+        # As many at a time as a step takes: a signal waits for no more.
+        for i in range(0, len(pairs), config.pairs_per_step):
+            if noted is not None:
+                leave_if(noted)
+            some = pairs[i:i + config.pairs_per_step]
+            rows = pack(some, config.tokens_per_micro_batch, dist.get_world_size())
+            results.append(run_rows(model, rows, config))
+    finally:
+        forget_gathered_weights(model)      # no backward pass follows that would
+    return torch.cat(results)
 
 
 def reference_logps(model, pairs, config):
     """Summed log-probs of B pairs under the model as it is now, (B, 2). That is all that DPO needs
-    of its reference: no second model is kept."""
+    of its reference: no second model is kept. ValueError names a pair without finite ones."""
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    averages = score_pairs(model, pairs, config)[:, [CHOSEN_LOGP, REJECTED_LOGP]]
-    return averages.cpu() * torch.tensor(lengths, dtype=torch.float64)
+    averages = score_pairs(model, pairs, config)[:, [CHOSEN_LOGP, REJECTED_LOGP]].cpu()
+    for pair, finite in zip(pairs, averages.isfinite().all(1).tolist()):
+        if not finite:
+            raise ValueError(f"{pair.source}: its log-probs under the starting model, which are "
+                             "DPO's reference, are not finite")
+    return averages * torch.tensor(lengths, dtype=torch.float64)
 
 
 def metrics_of(results, start=None):
@@ -357,24 +372,26 @@ def metrics_of(results, start=None):
 
 
 def evaluate(run, step):
-    """Scores the held-out pairs, and sampled answers by the judge; prints and logs both."""
+    """Scores the held-out pairs, and sampled answers by the judge; prints and logs both. Raises
+    Stop on all ranks after a signal, and has logged nothing then."""
     metrics = {}
     if run.held_out:
-        results = score_pairs(run.model, run.held_out, run.config).cpu()
+        results = score_pairs(run.model, run.held_out, run.config, run.noted).cpu()
         if step == 0:
             run.progress["start"] = results
         metrics = metrics_of(results, run.progress["start"])
         say(evaluation_line(step, metrics, len(results)))
     if run.judge:
-        answers, scores = run.judge(run.model)
-        metrics |= judged_metrics(run, answers, scores)
-        say(f"judge    step {step}: {metrics['judge_score']:.1f} +- {metrics['judge_stderr']:.1f}, "
-            f"mean of {len(scores)} sampled answers to held-out prompts, "
-            f"{metrics['judge_tokens']:.0f} tokens each")
+        answers, scores, failure = run.judge(run.model, run.noted)
+        judged = judged_metrics(run, answers, scores)
+        metrics |= judged
+        say(judged_line(step, judged, len(scores)))
+        if failure:
+            say(f"judge    {judged['judge_failed']} answers have no score. The first, {failure}")
         if dist.get_rank() == 0:
             run.judge.keep(run.output, step, answers, scores)
             if step == len(run.steps):
-                run.judge.show_change(run.output, step)
+                run.judge.show_change(run.output, answers, scores)
     if metrics:
         line = {"step": step}
         for name, value in metrics.items():
@@ -384,14 +401,19 @@ def evaluate(run, step):
 
 
 def judged_metrics(run, answers, scores):
+    """Of the answers that have a score; the others (NaN) are counted."""
+    scored = [score for score in scores if math.isfinite(score)]
     stderr = math.nan
-    if len(scores) > 1:
-        stderr = statistics.stdev(scores) / math.sqrt(len(scores))
+    if len(scored) > 1:
+        stderr = statistics.stdev(scored) / math.sqrt(len(scored))
     lengths = [len(run.chat.encode_response(answer)) for answer in answers]
-    return {
-        "judge_score": statistics.mean(scores),
+    metrics = {
+        "judge_score": statistics.fmean(scored) if scored else math.nan,
         "judge_stderr": stderr,
         "judge_tokens": statistics.mean(lengths)}
+    if len(scored) < len(scores):
+        metrics["judge_failed"] = len(scores) - len(scored)
+    return metrics
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -408,15 +430,25 @@ class Run:
     steps: list[list[int]]              # which of `pairs` each step takes
     output: Path                        # the run's folder
     evaluations: list[dict]             # logged so far
-    finished: bool                      # its last checkpoint is there
+    checkpoint: Path | None             # the newest
+    finished: bool                      # nothing is left to do
     # What a checkpoint holds beside weights and moments: "step", how many are done; "skipped" and
     # "skipped_in_a_row"; "start", the results of the held-out pairs at step 0; "reference", DPO's
     # log-probs of all pairs at step 0.
     progress: dict
+    noted: Noted | None = None          # the signals that came
+    unlogged: list[dict] = field(default_factory=list)      # lines that the disk had no room for
 
-    def log(self, metrics):
+    def log(self, *lines):
+        """Logs lines on rank 0. What cannot be written waits for the next call: no reason to
+        stop."""
         if dist.get_rank() == 0:
-            log_metrics(self.output, metrics)
+            self.unlogged += lines
+            try:
+                log_metrics(self.output, self.unlogged)
+                self.unlogged.clear()
+            except OSError as e:
+                say(f"note     {e}; {len(self.unlogged)} lines of metrics wait to be logged")
 
 
 def main(config):
@@ -427,10 +459,12 @@ def main(config):
     try:
         run = open_run(config, device)
         if not run.finished:
-            train(run)
+            with noted_signals() as run.noted:
+                train(run)
         return run.evaluations
     finally:
         leave_ranks()
+        unlock_all()
 
 
 def train(run):
@@ -439,12 +473,12 @@ def train(run):
     first, n_steps = progress["step"], len(run.steps)
 
     def due(step, every):
-        return every and step % every == 0 and step < n_steps
+        return step == n_steps or (every and step % every == 0)
 
-    evaluated = [line["step"] for line in run.evaluations]
-    if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
-        evaluate(run, first)
-    with noted_signals() as noted:
+    try:
+        evaluated = [line["step"] for line in run.evaluations]
+        if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
+            evaluate(run, first)
         began = time.perf_counter()
         for i in range(first, n_steps):
             # 1. The step.
@@ -471,30 +505,55 @@ def train(run):
                     f"The pairs are named above and in {run.output}/metrics.jsonl; checkpoints are "
                     "as they were")
 
-            # 3. Evaluate, save, stop.
-            stop = signal_of_any_rank(noted)
-            if due(i + 1, config.eval_every) and not stop:
+            # 3. Save, then evaluate: whatever becomes of the evaluation, the step is not lost.
+            leave_if(run.noted)
+            if due(i + 1, config.save_every):
+                save(run)
+            if due(i + 1, config.eval_every):
                 evaluate(run, i + 1)
-            if due(i + 1, config.save_every) or stop:
-                save(run, last=False)
-            if stop:
-                say(f"stopped  by {Signals(stop).name} after step {i + 1}; --resume --output "
-                    f"{run.output} goes on")
-                raise SystemExit(128 + stop)
+    except Stop:
+        stop(run)
 
-        # 4. A plain Hugging Face folder, also where a judge raises at the last moment.
+    # 4. What is left is a plain Hugging Face folder.
+    from_rank_0(lambda: finish_checkpoint(run.checkpoint))
+    if run.unlogged:
+        run.log()
+    say("saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("
+        f'"{run.checkpoint}")')
+
+
+def save(run):
+    """Saves the step in hand. At the end of a run it waits for a disk that is full."""
+    at_end = run.progress["step"] == len(run.steps)
+    # An evaluation that is still to come can fail, and is resumed from the whole state.
+    last = at_end and not run.held_out and not run.judge
+    while True:
         try:
-            evaluate(run, n_steps)
-        finally:
-            folder = save(run, last=True)
-    say(f'saved. To load it: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
-
-
-def save(run, last):
-    folder = save_checkpoint(run.model, run.optimizer, run.progress, run.config, run.output, last)
+            run.checkpoint = save_checkpoint(
+                run.model, run.optimizer, run.progress, run.config, run.output, last)
+            break
+        except OSError as e:
+            if not at_end or signal_of_any_rank(run.noted):
+                raise
+            say(f"waiting  {e}; trying again every {RETRY_SECONDS} s. A signal gives up")
+        for _ in range(RETRY_SECONDS):
+            time.sleep(1)
+            if signal_of_any_rank(run.noted):
+                break
     if not last:
-        say(f"saved    {folder}")
-    return folder
+        say(f"saved    {run.checkpoint}")
+
+
+def stop(run):
+    """Ends a run after a signal, with all its steps saved."""
+    step = run.progress["step"]
+    saved = int(run.checkpoint.name[5:]) if run.checkpoint else 0
+    if step > saved:
+        save(run)
+    number = signal_of_any_rank(run.noted)
+    say(f"stopped  by {Signals(number).name} after step {step}; --resume --output "
+        f"{run.output} goes on")
+    raise SystemExit(128 + number)
 
 
 def open_run(config, device):
@@ -509,7 +568,9 @@ def open_run(config, device):
     steps = []
     for epoch in range(config.epochs):
         steps += epoch_steps(len(pairs), config.pairs_per_step, config.seed, epoch)
-    steps = steps[:config.max_steps or None]
+        if config.max_steps and len(steps) >= config.max_steps:
+            steps = steps[:config.max_steps]
+            break
     judge = open_judge(config, chat) if config.judge else None
 
     # 2. Model and optimiser.
@@ -518,19 +579,20 @@ def open_run(config, device):
 
     # 3. The folder, and the checkpoint to go on from.
     output = open_folder(config, model.config, pairs, held_out)
-    first, checkpoint = from_rank_0(lambda: newest_checkpoint(output, len(steps)))
+    first, checkpoint = newest_checkpoint(output, len(steps))
     lines = from_rank_0(lambda: read_metrics(output, first) if checkpoint else [])
     evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
     finished = from_rank_0(
-        lambda: first == len(steps) and not (checkpoint / "train_state").exists())
+        lambda: first == len(steps) and not (checkpoint / "train_state" / ".metadata").exists())
     # Zeros of the right shape: load_checkpoint fills them in place.
     progress = {
         "step": first, "skipped": 0, "skipped_in_a_row": 0,
         "start": torch.zeros(len(held_out), 5, dtype=torch.float64),
         "reference": torch.zeros(len(pairs) + len(held_out), 2, dtype=torch.float64)}
     run = Run(config, model, optimizer, chat, judge, pairs, held_out, steps, output, evaluations,
-              finished, progress)
+              checkpoint, finished, progress)
     if finished:
+        from_rank_0(lambda: finish_checkpoint(checkpoint))
         say(f"resume   {checkpoint} is the end of this run; nothing to do")
         return run
     from_rank_0(lambda: check_space(model, config, output, last=False))
@@ -602,15 +664,14 @@ def tokenised_pairs(config, files, chat):
     if not config.cache or sum(os.path.getsize(file) for file in files) < CACHE_BYTES:
         return load_pairs(files, chat, *limits, **flags)
 
-    # The code that tokenises is part of what goes in, and so are the tokenizer's files.
+    # The code that tokenises is part of what goes in, and so are the model's files.
     sources = [ROOT / "tokenizer.py"]
     sources += [ROOT / "data" / f"{name}.py" for name in ("files", "dialogues", "preference")]
-    for pattern in COPIED_FILES:
-        sources += [file for file in sorted(Path(config.model).glob(pattern)) if file.is_file()]
     key = content_hash(
-        [*files, *sources], files, type(chat).__name__, chat.date, limits, flags)
+        [*files, *sources], files, model_digest(config.model), type(chat).__name__, chat.date,
+        limits, flags)
     kept = Path(config.cache) / f"{key[:32]}.safetensors"
-    if local_rank() == 0 and not kept.exists():
+    if local_rank() == 0 and not are_kept(kept):
         workers = len(os.sched_getaffinity(0))
         say(f"data     {', '.join(files)}: tokenising in {workers} processes")
         keep_pairs(kept, *load_pairs(files, chat, *limits, workers, **flags))
@@ -690,6 +751,12 @@ def skipped_line(outcome, m):
     return f"skipped  step {m['step']}: {what} {', '.join(names[:8])}{more}"
 
 
+def judged_line(step, m, n_answers):
+    return (f"judge    step {step}: {m['judge_score']:.1f} +- {m['judge_stderr']:.1f}, mean of "
+            f"{n_answers - m.get('judge_failed', 0)} sampled answers to held-out prompts, "
+            f"{m['judge_tokens']:.0f} tokens each")
+
+
 def evaluation_line(step, m, n_pairs):
     return (f"eval     step {step}: loss {m['loss']:.4f}  accuracy {m['rewards/accuracies']:.3f}  "
             f"margin {m['rewards/margins']:.4f}  chosen {m['logps/chosen']:.4f}  rejected "
@@ -724,7 +791,7 @@ def report_model(config, model):
     print(f"model    {config.model}: {n_weights / 1e6:.1f} M parameters in {config.weight_dtype}, "
           f"computing in {config.compute_dtype}, {c.n_layers} layers of {c.dim}, vocabulary "
           f"{c.vocab_size}, window {c.window or 'none'}")
-    fields = json.loads((Path(config.model) / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(Path(config.model) / "config.json")
     named = fields.get("dtype") or fields.get("torch_dtype")
     if config.save_dtype and named and config.save_dtype != named:
         print(f"saving   in {config.save_dtype}; config.json goes on naming {named}, to which "
@@ -822,7 +889,9 @@ def read_recipe(path, types):
         fits = isinstance(value, accepted.get(kind, (kind,)))
         if kind == list[str]:
             fits = fits and all(isinstance(item, str) for item in value)
-        if not fits or (isinstance(value, bool) and kind is not bool):
+        if kind in (int, float, float | None):
+            fits = fits and is_finite_number(value)
+        if not fits:
             expected = getattr(kind, "__name__", kind)
             raise ValueError(f"{path}: {name} = {value!r}; expected {expected}")
         if name in PATHS and value:
@@ -896,6 +965,9 @@ def with_method_knobs(config):
 
 
 def check_numbers(config):
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) is int and value >= 2**63:
+            raise ValueError(f"{name} = {value}; expected a number below 2**63")
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:      # None: a knob of another method
@@ -907,6 +979,8 @@ def check_numbers(config):
     for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise ValueError(f"{name} = {getattr(config, name)}; expected 0 or more")
+    if config.timeout_minutes > 10**6:
+        raise ValueError(f"timeout_minutes = {config.timeout_minutes}; expected at most a million")
     if not 0 <= config.warmup_ratio <= 1:
         raise ValueError(
             f"warmup_ratio = {config.warmup_ratio}; expected a share of the steps, 0 to 1")

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alphapo import average_logps
+from command import run_command
 from data.preference import load_pairs, pack
 from model import load_model
 from tokenizer import load_chat
@@ -59,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,6 +28,8 @@ from benchmarks.lengths import pair_lengths
 from benchmarks.scaling import prompts_twice, random_pairs
 from benchmarks.step import useful_flops, write_pairs
 from benchmarks.workers import WARM_UP, Worker, machine
+from command import run_command
+from data.files import check_output, write_whole
 from data.preference import pack
 from distributed import clip_gradients, join_ranks, load_sharded
 from model import Transformer, load_model, read_config
@@ -201,12 +203,14 @@ def main():
                         help="pairs a batch that TRL takes")
     parser.add_argument("--output", help="JSON file")
     args = parser.parse_args()
+    if args.output:
+        check_output(args.output)
     lengths = pair_lengths(args.pairs, max_length=min(2048, args.tokens // 2))
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), lengths, args)
     if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(args.output, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

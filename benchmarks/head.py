@@ -11,7 +11,6 @@ turns as in step.py. Of cpu.py ours has the matrix products, which are all that 
 import argparse
 import json
 import statistics
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,8 @@ import cpu
 from benchmarks.lengths import pair_lengths
 from benchmarks.scaling import random_pairs
 from benchmarks.workers import WARM_UP, Turns, Worker, machine
+from command import run_command
+from data.files import check_output, write_whole
 from train import LOSS, TrainConfig, head_and_loss
 
 BETA = 2.5
@@ -128,11 +129,12 @@ def main():
         way = WAYS[args.serve](args.vocab[0], args.width, lengths)
         return Turns().serve(way, args.rounds + WARM_UP)
 
+    check_output(args.output)
     results = machine() | {"arguments": vars(args), "lengths": lengths, "vocabularies": []}
     for vocab in args.vocab:
         r = measure(vocab, args)
         results["vocabularies"].append(r)
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(args.output, json.dumps(results, indent=1) + "\n")
         peaks = [f"{way} {peak / 1e6:.0f} MB" for way, peak in r["peak_bytes"].items()]
         print(f"vocabulary {vocab}: ours is {r['liger_times_as_long']:.2f} times as fast as Liger; "
               f"peak above the weight and its gradient {', '.join(peaks)}; "
@@ -140,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,8 @@ import torch
 
 import cpu
 from benchmarks.workers import Turns, Worker, machine
+from command import run_command
+from data.files import check_output, write_whole
 from data.prompts import read_prompts
 from model import load_model
 from sampler import generate
@@ -124,6 +126,7 @@ def main():
     if args.serve:
         return serve(args, prompts, chat.stop_ids)
 
+    check_output(args.output, args.prompts)
     rounds = measure(args)
     ratio = statistics.median(r["seconds"]["transformers"] / r["seconds"]["ours"] for r in rounds)
     rate = {}
@@ -142,11 +145,11 @@ def main():
         "same_answers": same,
         "rounds": rounds,
     }
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(args.output, json.dumps(results, indent=1) + "\n")
     rates = ", ".join(f"{way} {r:.0f}" for way, r in rate.items())
     print(f"ours is {ratio:.2f} times as fast as transformers; tokens/s {rates}; "
           f"{same} of {len(prompts)} answers the same")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

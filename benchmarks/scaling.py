@@ -16,7 +16,6 @@ sharing  rows that hold the prompt twice, against shared prompts. By the count o
 import argparse
 import json
 import time
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -26,6 +25,8 @@ import cpu
 from benchmarks.lengths import pair_lengths
 from benchmarks.step import matmul_rate, useful_flops
 from benchmarks.workers import machine
+from command import run_command
+from data.files import check_output, write_whole
 from data.preference import PreferencePair, pack
 from distributed import join_ranks
 from model import ModelConfig, Transformer, pair_attention
@@ -223,6 +224,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="benchmarks/scaling.json")
     args = parser.parse_args()
+    check_output(args.output)
     join_ranks(CONFIG.timeout_minutes)
     model = random_model()
     results = machine() | {
@@ -232,8 +234,8 @@ def main():
         "pairs": number_of_pairs(args.rounds),
         "width": width_of_model(args.rounds),
     }
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(args.output, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.lengths import pair_lengths
 from benchmarks.workers import ROOT
+from command import run_command
 
 TOKENS_PER_WORD = 2.5
 
@@ -80,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,8 @@ import cpu
 from alphapo import alphapo_loss
 from benchmarks.lengths import pair_lengths
 from benchmarks.workers import WARM_UP, Turns, Worker, machine
+from command import run_command
+from data.files import check_output, write_whole
 from data.preference import PreferencePair
 from distributed import join_ranks, load_sharded
 from model import Transformer, checkpoint_tensors, read_config
@@ -439,14 +441,15 @@ def main():
     if args.serve:
         return serve(args)
 
+    check_output(args.output)
     cpu.multiply_by_onednn()        # for `product`; the ways have processes of their own
     arguments = {name: value for name, value in vars(args).items() if name not in WORKERS_FLAGS}
     results = machine() | {"arguments": arguments, "vocabularies": []}
     for vocab in args.vocab:
         results["vocabularies"].append(measure(vocab, args))
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(args.output, json.dumps(results, indent=1) + "\n")
         report(results["vocabularies"][-1])
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,12 +3,12 @@
     python -m benchmarks.table                  # prints it
     python -m benchmarks.table --write          # puts it into benchmarks/README.md
 """
-import json
 import sys
 from pathlib import Path
 
 from benchmarks.scaling import model_config, random_pairs
 from benchmarks.step import trl_batch
+from data.files import read_json, write_whole
 from data.preference import pack
 from model import CHUNK_LOGITS, KEPT_LOGITS
 from plan import kept_per_token
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def read(name):
-    return json.loads((HERE / f"{name}.json").read_text())
+    return read_json(HERE / f"{name}.json")
 
 
 def megabytes(ours, theirs):
@@ -135,7 +135,7 @@ def main(argv):
     readme = HERE / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN_MARK)
     _, after = rest.split(END_MARK, 1)
-    readme.write_text(before + BEGIN_MARK + table() + END_MARK + after, encoding="utf-8")
+    write_whole(readme, before + BEGIN_MARK + table() + END_MARK + after)
 
 
 if __name__ == "__main__":

@@ -245,44 +245,45 @@ BEGIN = r"\A(?:\s|<s>|<\|begin_of_text\|>|<bos>|<｜begin▁of▁sentence｜>)*"
 
 
 def _turns(opens, closes):
-    """A pattern for text that begins with the opening of a turn, or that has one at the start of a
-    line and a closing after it. The mere mention of a mark does not match."""
-    return rf"{BEGIN}{opens}|^{opens}.*?{closes}"
+    """A layout of turns: text that begins with an opening, or that has one at the start of a line
+    and a closing after it. The mere mention of a mark is none."""
+    return rf"{BEGIN}{opens}", rf"^{opens}", closes
 
 
-# Whose layout it is, a mark to look for first (which is fast), and the pattern.
+# Whose layout it is, a mark to look for first (which is fast), and three patterns: of a beginning
+# that tells it alone (or None), of an opening, and of a closing after that.
 LAYOUTS = [
     ("ChatML", "<|im_start|>",
-     _turns(r"<\|im_start\|>\w+\n", r"<\|im_end\|>")),
+     *_turns(r"<\|im_start\|>\w+\n", r"<\|im_end\|>")),
     ("Llama-3", "<|start_header_id|>",
-     _turns(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s", r"<\|eot_id\|>")),
+     *_turns(r"<\|start_header_id\|>\w+<\|end_header_id\|>\s", r"<\|eot_id\|>")),
     ("Llama-4", "<|header_start|>",
-     _turns(r"<\|header_start\|>\w+<\|header_end\|>\s", r"<\|eot\|>")),
+     *_turns(r"<\|header_start\|>\w+<\|header_end\|>\s", r"<\|eot\|>")),
     ("Llama-2 or Mistral", "[INST]",
-     _turns(r"\[INST\](?=.*?\[/INST\])", r"\[/INST\]")),
+     None, rf"{BEGIN}\[INST\]|^\[INST\]", r"\[/INST\]"),
     ("Zephyr, Phi-3 or Tulu", "<|user|>",
-     _turns(r"<\|(?:user|system|assistant)\|>\s*\n", r"(?:<\|assistant\|>|<\|end\|>|</s>)")),
+     *_turns(r"<\|(?:user|system|assistant)\|>\s*\n", r"(?:<\|assistant\|>|<\|end\|>|</s>)")),
     ("Gemma", "<start_of_turn>",
-     _turns(r"<start_of_turn>\w+\n", r"<end_of_turn>")),
+     *_turns(r"<start_of_turn>\w+\n", r"<end_of_turn>")),
     ("DeepSeek", "<｜User｜>",
-     _turns(r"<｜User｜>", r"<｜Assistant｜>")),
+     *_turns(r"<｜User｜>", r"<｜Assistant｜>")),
     ("Command-R", "<|START_OF_TURN_TOKEN|>",
-     _turns(r"<\|START_OF_TURN_TOKEN\|><\|\w+\|>", r"<\|END_OF_TURN_TOKEN\|>")),
+     *_turns(r"<\|START_OF_TURN_TOKEN\|><\|\w+\|>", r"<\|END_OF_TURN_TOKEN\|>")),
     ("gpt-oss", "<|message|>",
-     _turns(r"<\|start\|>\w+<\|message\|>", r"<\|end\|>")),
+     *_turns(r"<\|start\|>\w+<\|message\|>", r"<\|end\|>")),
     ("Granite", "<|start_of_role|>",
-     _turns(r"<\|start_of_role\|>\w+<\|end_of_role\|>", r"<\|end_of_text\|>")),
+     *_turns(r"<\|start_of_role\|>\w+<\|end_of_role\|>", r"<\|end_of_text\|>")),
     # Layouts in plain words: only a whole dialogue, or one that ends where the answer begins.
     ("a dialogue of Human: and Assistant:, as in HH", "Human:",
-     r"\A\s*Human:.*?\n\nAssistant:"),
+     None, r"\A\s*Human:", r"\n\nAssistant:"),
     ("Alpaca's ### Instruction: and ### Response:", "### Instruction:",
-     r"### Instruction:\n.*?\n### Response:\s*\Z"),
+     None, r"### Instruction:\n", r"\n### Response:\s*\Z"),
     ("Vicuna's USER: and ASSISTANT:", "USER:",
-     r"\bUSER: .*?\sASSISTANT:\s*\Z"),
+     None, r"\bUSER: ", r"\sASSISTANT:\s*\Z"),
 ]
-# Whole texts are searched, and any line may begin a turn.
-LAYOUTS = [(name, mark, re.compile(pattern, re.MULTILINE | re.DOTALL))
-           for name, mark, pattern in LAYOUTS]
+# Any line may begin a turn.
+LAYOUTS = [(name, mark, *(pattern and re.compile(pattern, re.MULTILINE) for pattern in patterns))
+           for name, mark, *patterns in LAYOUTS]
 
 # What these formats write behind an answer.
 END_MARKS = ("<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>", "<|end|>", "<|endoftext|>",
@@ -300,18 +301,31 @@ def checked_text(text, field, as_it_stands=False):
     """The text, if no chat format has laid it out already; else a ValueError that says which."""
     if as_it_stands:
         return text
-    for name, mark, pattern in LAYOUTS:
-        if mark not in text:
-            continue
-        found = pattern.search(text)
-        if found:
+    for name, mark, *patterns in LAYOUTS:
+        start = None
+        if mark in text:
+            start = _start_of_layout(text, *patterns)
+        if start is not None:
             # A laid-out answer may hold the whole dialogue; the prompt has to be a column then too.
             beside = ", beside a prompt," if field in ("chosen", "rejected") else ""
+            found = text[start:].strip()[:40]
             raise ValueError(
-                f"{field} is laid out already as {name} ({found[0].strip()[:40]!r} ...); expected "
+                f"{field} is laid out already as {name} ({found!r} ...); expected "
                 "bare text or a list of turns, for the model's own chat format goes around it. "
                 f"Bring it into turns, or{beside} --as_it_stands takes it as it stands")
     return text
+
+
+def _start_of_layout(text, begins, opens, closes):
+    """Where a layout of these patterns starts in a text, or None."""
+    found = begins and begins.search(text)
+    # One search after the other, and no pattern of both: the time grows with the length of the
+    # text, not with its square.
+    if not found:
+        found = opens.search(text)
+        if not found or not closes.search(text, found.end()):
+            return None
+    return found.start()
 
 
 def _end_mark(text):

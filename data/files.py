@@ -1,6 +1,7 @@
 """Files of records: reading them in every usual form, and writing files whole.
 
     for source, record in read_records(["pairs.jsonl", "more.json.gz"]): ...
+    run = read_json("run.json")
     write_whole("scores.json", text)
 
 A file of records is JSON Lines, one JSON array, either of them gzipped, or parquet (which needs
@@ -13,24 +14,26 @@ A bad line (no JSON object, or one that its reader refuses) does not end the rea
 the end names the first ten and counts the others, so that a file can be put right in one go; or
 bad lines are dropped and counted.
 """
-import ctypes
 import gzip
 import io
 import itertools
 import json
-import math
 import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from command import end_with_parent
+
 BAD_LINES_SHOWN = 10        # in the error; the others are counted
+MAX_DEPTH = 100             # of objects and lists in each other; Python's own limits vary
 LINES_PER_TASK = 256        # of a worker
 TASKS_PER_WORKER = 4        # handed out and not yet done; this bounds the memory
 
@@ -136,6 +139,11 @@ def read_jsonl(path):
     return read_records([path])
 
 
+def read_json(path):
+    """The object that a JSON file holds. ValueError and OSError name the file and the field."""
+    return parse_line(path, read_bytes(path))
+
+
 def parse_line(source, line):
     """The record of a line (bytes). ValueError names the source."""
     try:
@@ -146,10 +154,10 @@ def parse_line(source, line):
 
 def parse_item(item):
     """The record of a line (bytes), or of an item that is parsed already. ValueError unless it is
-    an object of whole characters and finite numbers."""
+    an object of whole characters and finite numbers, with each name once."""
     # Items of arrays and of parquet are objects already.
     try:
-        record = json.loads(item.decode()) if isinstance(item, bytes) else item
+        record = parse_json(item.decode()) if isinstance(item, bytes) else item
         if not isinstance(record, dict):
             raise TypeError(f"expected a JSON object, found {record!r:.60}")
         _check_values(record, "")
@@ -159,8 +167,6 @@ def parse_item(item):
             f"cannot be read as UTF-8 text (byte {e.object[e.start]:#x} at byte {e.start + 1} of "
             "the line); if it is Latin-1 or Windows-1252, convert the file: "
             "iconv -f WINDOWS-1252 -t UTF-8") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"not valid JSON ({e})") from None
     except RecursionError:
         raise ValueError("nested too deep to be read") from None
     except TypeError as e:
@@ -168,9 +174,37 @@ def parse_item(item):
     return record
 
 
-def _check_values(value, field):
+def parse_json(text):
+    """What a JSON text holds. ValueError if it is not valid, or an object has a name twice:
+    Python's json would drop all but the last."""
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not valid JSON ({e})") from None
+    except RecursionError:
+        raise ValueError("nested too deep to be read") from None
+
+
+def _named_once(items):
+    found = dict(items)
+    if len(found) < len(items):
+        (name, _), *_ = (Counter(name for name, _ in items)).most_common(1)
+        raise ValueError(f"has {name!r:.60} twice in one object; expected each name once")
+    return found
+
+
+def is_finite_number(value):
+    """Whether a value of a file is a finite number, that a float can hold. True and False are
+    none."""
+    # type() and not isinstance(): True and False are ints too.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _check_values(value, field, depth=0):
     """ValueError that names the field of a record which holds half a surrogate pair, or a number
     that is not finite. Python's json reads both, but neither UTF-8 nor JSON has them."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep to be read")
     if isinstance(value, str):
         if not value.isascii():     # which is fast, and mostly so
             try:
@@ -180,18 +214,19 @@ def _check_values(value, field):
                     f"{field} holds half a surrogate pair ({value[e.start]!a} at character "
                     f"{e.start + 1}); expected whole characters (was it cut in the middle of an "
                     "emoji?)") from None
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{field} is {json.dumps(value)}, which JSON does not have; expected "
-                             "text, a finite number or null")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not is_finite_number(value):
+            found = json.dumps(value) if isinstance(value, float) else "a whole number over 1e308"
+            raise ValueError(f"{field} is {found}, which JSON does not have; expected text, a "
+                             "finite number or null")
     # Containers: the field is spelled as in jq, a.b[0].
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_values(name, f"a name in {field or 'the row'}")
-            _check_values(inner, f"{field}.{name}" if field else name)
+            _check_values(inner, f"{field}.{name}" if field else name, depth + 1)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            _check_values(inner, f"{field}[{i}]")
+            _check_values(inner, f"{field}[{i}]", depth + 1)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -228,10 +263,26 @@ def read_items(path):
         raise ValueError(f"{path}: cannot be read ({e})") from None
 
 
+def read_bytes(path):
+    """What a file holds. OSError names it."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as f:
+            return f.read()
+    except OSError as e:
+        raise OSError(f"{path}: cannot be read ({e})") from e
+
+
+def _without_waiting(path, flags):
+    """Opens a file. A pipe that nobody writes to would be waited for without end: it is empty."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(fd, True)
+    return fd
+
+
 def _unpacked(path):
     """A file opened past its compression, whose first HEAD bytes can be looked at."""
     # The buffer is what peek() looks into.
-    f = open(path, "rb", buffering=HEAD)
+    f = open(path, "rb", buffering=HEAD, opener=_without_waiting)
     if f.peek(2).startswith(b"\x1f\x8b"):       # gzip
         return io.BufferedReader(gzip.open(f), HEAD)
     return f
@@ -265,11 +316,11 @@ def _is_indented(start):
 def _read_array(path, content):
     """Yields (source, item) of a JSON array, which can only be read whole."""
     try:
-        records = json.loads(content.decode("utf-8-sig"))      # -sig: past a byte-order mark
+        records = parse_json(content.decode("utf-8-sig"))       # -sig: past a byte-order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not a valid JSON array ({e})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: not a valid JSON array: {e}") from None
     for number, record in enumerate(records, 1):
         yield f"{path}: item {number}", record
 
@@ -288,12 +339,22 @@ def _read_parquet(path):
                              "expected text: cast the column to string")
         return str(value)       # dates and the like
 
+    def rows():
+        # pyarrow's errors are of many kinds, and few of them name the file.
+        try:
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"two columns of one name among {names!r:.80}")
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+        except Exception as e:
+            raise ValueError(
+                f"{path}: cannot be read as parquet ({e}); fetch or make it again") from e
+
     # Through JSON and back: a record is what it would be in a file of JSON Lines.
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}: item {number}", json.loads(json.dumps(record, default=as_text))
+    for number, record in enumerate(rows(), 1):
+        yield f"{path}: item {number}", json.loads(json.dumps(record, default=as_text))
 
 
 # --- forked workers -------------------------------------------------------------------------------
@@ -352,10 +413,8 @@ def _begin_worker(use, at_work, parent):
 
     # Ctrl-C reaches all processes: the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # PR_SET_PDEATHSIG: a parent that is killed leaves no workers behind.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)
+    # A parent that is killed leaves no workers behind.
+    end_with_parent(signal.SIGKILL)
     # The parent may have died before that.
     if os.getppid() != parent:
         os._exit(1)
@@ -373,32 +432,72 @@ def _work(lines, slot):
 
 # --- writing --------------------------------------------------------------------------------------
 
+def check_output(path, *inputs):
+    """Before long work: ValueError or OSError unless a file can be written at `path`, which is none
+    of the inputs under any name. Says so if it would replace one."""
+    for file in inputs:
+        if os.path.isfile(path) and os.path.exists(file) and os.path.samefile(path, file):
+            raise ValueError(f"{path}: input and output are one file; expected two")
+    # What is there stays as it is: only the temporary file is tried.
+    with _temporary_file(path) as temporary:
+        if temporary != Path(path):
+            open(temporary, "wb").close()
+    if os.path.isfile(path):
+        print(f"output   replaces {path}")
+
+
 @contextmanager
 def written_whole(path):
     """Gives a temporary name beside `path` to write to. What was written gets its own name at the
     end; after an error there is nothing of it. So a file is whole or absent under its name,
-    whenever the process is killed."""
-    path = Path(path)
-    # Devices and pipes (/dev/stdout) cannot be replaced.
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    # A link stays a link: what it points to is replaced.
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    whenever the process is killed. OSError names the file."""
+    with _temporary_file(path) as temporary:
         yield temporary
-        temporary.replace(path)
+        if temporary != Path(path):
+            # A link stays a link: what it points to is replaced.
+            temporary.replace(os.path.realpath(path))
+
+
+@contextmanager
+def _temporary_file(path):
+    """Gives the name that stands for `path` while it is written, and removes that file at the end.
+    It is `path` itself if that is a device or a pipe (/dev/stdout), which cannot be replaced."""
+    temporary = None
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("a folder; expected the name of a file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            yield Path(path)
+        else:
+            real = Path(os.path.realpath(path))
+            temporary = real.with_name(f"{real.stem}.{os.getpid()}.tmp{real.suffix}")
+            yield temporary
     except OSError as e:
         raise OSError(f"{path}: cannot be written ({e})") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_whole(path, text):
     """Writes a text file so that it is never seen half-written."""
+    # Half a surrogate (in the name of a folder that is not UTF-8) becomes its escape in JSON.
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def append_whole(path, text):
+    """Appends text to a file: all of it, or nothing and an OSError that names the file."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        # Half a line would be joined to the next one.
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise OSError(f"{path}: cannot be written ({e})") from e
 
 
 def write_records(path, records):

@@ -16,13 +16,12 @@ chosen less often and rejected more often.
 import argparse
 import math
 import statistics
-import sys
 from collections import Counter
-from pathlib import Path
 
+from command import run_command
 from data.dialogues import as_messages, same_turns
-from data.files import Dropped, read_records, write_records
-from data.preference import are_finite_numbers, best_against_worst
+from data.files import Dropped, check_output, is_finite_number, read_records, write_records
+from data.preference import are_finite_numbers, as_answers, best_against_worst
 
 
 def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_stands=False):
@@ -80,8 +79,9 @@ def cautious_scores(record, uncertainty):
     ValueError if it is malformed.
     """
     # The scoring command writes this column where it ran several scorers.
+    _, answers = as_answers(record, as_it_stands=True)
+    n_answers = len(answers)
     scores_by_scorer = record.get("all_scorer_scores")
-    n_answers = len(record.get("all_generated_responses", ()))
     if not isinstance(scores_by_scorer, list) or len(scores_by_scorer) < 2:
         raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for "
                          "--uncertainty")
@@ -93,8 +93,14 @@ def cautious_scores(record, uncertainty):
     # Nothing is rescaled: where the scales of scorers differ, so do their scores for any answer.
     cautious = []
     for scores in zip(*scores_by_scorer):       # all scores of one answer
-        spread = statistics.pstdev(scores)
-        cautious.append(statistics.fmean(scores) - uncertainty * spread)
+        try:
+            score = statistics.fmean(scores) - uncertainty * statistics.pstdev(scores)
+        except OverflowError:
+            score = math.nan
+        if not is_finite_number(score):
+            raise ValueError(f"all_scorer_scores holds {list(scores)!r:.60} of one answer, too "
+                             "large for their mean less --uncertainty deviations to be a number")
+        cautious.append(score)
     return cautious
 
 
@@ -103,6 +109,7 @@ def cautious_scores(record, uncertainty):
 def main(argv=None):
     # 1. Make all pairs before anything is written: a bad line leaves no file behind.
     args = parse_args(argv)
+    check_output(args.output, args.input)
     pairs, dropped = make_pairs(
         args.input, args.min_gap, args.uncertainty, args.skip_bad_lines, args.as_it_stands)
     write_records(args.output, pairs)
@@ -135,16 +142,14 @@ def parse_args(argv):
         value = getattr(args, name)
         if not 0 <= value < math.inf:       # false for nan too
             raise ValueError(f"{name} = {value}; expected 0 or more")
-    if Path(args.input).resolve() == Path(args.output).resolve():
-        raise ValueError(f"{args.output}: input and output are one file; expected two")
     return args
 
 
 def print_means(pairs):
     """Prints what the pairs prefer: higher scores, by how much, and, often, longer answers."""
-    # Means over the pairs.
-    chosen_score = statistics.fmean(pair["chosen_score"] for pair in pairs)
-    rejected_score = statistics.fmean(pair["rejected_score"] for pair in pairs)
+    # Means over the pairs. Divided first: sums of huge scores would be no number.
+    chosen_score = sum(pair["chosen_score"] / len(pairs) for pair in pairs)
+    rejected_score = sum(pair["rejected_score"] / len(pairs) for pair in pairs)
     print(f"scores   chosen {chosen_score:.4g} on average, rejected {rejected_score:.4g}, "
           f"gap {chosen_score - rejected_score:.4g}")
 
@@ -161,7 +166,4 @@ def print_means(pairs):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

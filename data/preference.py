@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data.dialogues import prompt_and_answers, prompt_turns
-from data.files import Dropped, read_records, written_whole
+from data.files import Dropped, is_finite_number, read_records, written_whole
 
 
 @dataclass
@@ -126,8 +126,7 @@ def are_finite_numbers(values):
     """Whether a value of a record is a list of finite numbers."""
     if not isinstance(values, list):
         return False
-    # type() and not isinstance(): True and False are ints too.
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return all(map(is_finite_number, values))
 
 
 def encode_pair(record, source, chat, max_length, max_prompt_length, as_it_stands=False):
@@ -181,11 +180,11 @@ def load_pairs(files, chat, max_length, max_prompt_length, workers=1, skip_bad_l
     # Large data takes minutes: a line now and then says how far it is.
     pairs = []
     dropped = Counter()
-    start = time.time()
+    start = time.monotonic()
     for _, pair in read_records(files, encode, dropped, skip_bad_lines, workers):
         pairs.append(pair)
         if len(pairs) % 10_000 == 0:
-            seconds = time.time() - start
+            seconds = time.monotonic() - start
             print(f"data     {len(pairs)} pairs tokenised in {seconds:.0f} s", flush=True)
 
     if not pairs:
@@ -336,6 +335,7 @@ def keep_pairs(path, pairs, dropped):
         "places": np.array(places, dtype=np.int32),                                 # (pairs, 2)
     }
     metadata = {"files": json.dumps(list(file_numbers)), "dropped": json.dumps(dropped)}
+    metadata["sha256"] = _hash_of_kept(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         try:
@@ -349,20 +349,46 @@ def read_kept_pairs(path):
     try:
         with safe_open(path, "np") as f:
             metadata = f.metadata()
-            tokens = f.get_tensor("tokens")
-            lengths = f.get_tensor("lengths")
-            places = f.get_tensor("places")
-    except SafetensorError as e:
-        raise ValueError(
-            f"{path}: damaged ({e}); delete it, and the pairs are tokenised again") from None
+            tensors = {name: f.get_tensor(name) for name in ("tokens", "lengths", "places")}
+        # A flipped bit would be a wrong token, trained on unseen.
+        if _hash_of_kept(tensors, metadata) != metadata["sha256"]:
+            raise ValueError("its checksum is another")
+    # What safetensors and numpy say about odd bytes is of many kinds.
+    except Exception as e:
+        raise ValueError(f"{path}: damaged ({e}); delete it, and the pairs are tokenised "
+                         "again") from None
 
     # The arrays of all pairs are slices (views) of the one of tokens.
     files = json.loads(metadata["files"])
-    ends = lengths.ravel().cumsum()
-    parts = np.split(tokens, ends[:-1])     # prompt, chosen, rejected, prompt, chosen, ...
+    ends = tensors["lengths"].ravel().cumsum()
+    parts = np.split(tensors["tokens"], ends[:-1])      # prompt, chosen, rejected, prompt, ...
     pairs = []
-    for i, (file_number, number_in_file) in enumerate(places.tolist()):
+    for i, (file_number, number_in_file) in enumerate(tensors["places"].tolist()):
         prompt, chosen, rejected = parts[3 * i:3 * i + 3]
         source = f"{files[file_number]}{number_in_file}"
         pairs.append(PreferencePair(prompt, chosen, rejected, source))
     return pairs, Counter(json.loads(metadata["dropped"]))
+
+
+def are_kept(path):
+    """Whether read_kept_pairs can read a file. Says so where it is there and cannot."""
+    if not path.exists():
+        return False
+    try:
+        read_kept_pairs(path)
+    except ValueError as e:
+        print(f"data     {e}", flush=True)
+        return False
+    return True
+
+
+def _hash_of_kept(tensors, metadata):
+    """The checksum of what keep_pairs writes, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name in ("tokens", "lengths", "places"):
+        array = tensors[name]
+        sha.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha.update(array)
+    for name in ("files", "dropped"):
+        sha.update(f"{name} {metadata[name]}".encode())
+    return sha.hexdigest()

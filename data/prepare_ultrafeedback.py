@@ -15,10 +15,10 @@ were published: 5 answers of the starting model with their scores, and the pair 
 them. The pair is what train.py trains on.
 """
 import argparse
-import sys
 from pathlib import Path
 
-from data.files import Dropped, write_records
+from command import run_command
+from data.files import Dropped, check_output, write_records
 from data.preference import best_against_worst, parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,21 +61,25 @@ def main(argv=None):
     parser.add_argument("--output", help="folder to write into; data/NAME if not given")
     args = parser.parse_args(argv)
 
-    # 1. Fetch the set, or read it from a folder.
+    # 1. What to read, and where it goes: known before it is fetched.
     name = args.source      # of the data set, or of the folder
     if args.source in SETS:
         name = f"princeton-nlp/{args.source}"
     elif not Path(args.source).is_dir():
         raise ValueError(f"{args.source}: no such folder; expected one or {', '.join(SETS)}")
+    # A folder of parquet files is called by its own name in data/ too.
+    folder = Path(args.output or ROOT / "data" / Path(args.source).resolve().name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        check_output(folder / f"{split}.jsonl")
+
+    # 2. Fetch the set, or read it from a folder.
     from datasets import load_dataset       # here, so that --help works without it
     splits = load_dataset(name)
     if "train" not in splits or "test" not in splits:
         raise ValueError(f"{name}: found the splits {', '.join(splits)}; expected train and test")
 
-    # 2. Write both splits. Where scores would make another pair, that is counted and told.
-    # A folder of parquet files is called by its own name in data/ too.
-    folder = Path(args.output or ROOT / "data" / Path(args.source).resolve().name)
-    folder.mkdir(parents=True, exist_ok=True)
+    # 3. Write both splits. Where scores would make another pair, that is counted and told.
     for split in ("train", "test"):
         lines = []
         n_differing = 0
@@ -97,7 +101,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import cpu
+from command import run_command
 from data.dialogues import prompt_turns
 from data.files import read_jsonl, write_records
 from experiments.drift import drift, load_fast
@@ -226,6 +227,7 @@ def main():
     if study.results.exists():
         rows = [row for _, row in read_jsonl(study.results)]
     if not args.table:
+        write_records(study.results, rows)      # that it can be written is known before the runs
         # 1. The search.
         jobs = []
         for label in study.ways:
@@ -241,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

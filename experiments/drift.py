@@ -11,13 +11,14 @@ error is over answers.
 """
 import argparse
 import math
-import sys
+from collections import Counter
 
 import torch
 
 import cpu
-from data.dialogues import as_messages, prompt_turns
-from data.files import read_jsonl
+from command import run_command
+from data.dialogues import as_messages
+from data.prompts import read_prompts
 from model import load_model
 from sampler import generate
 from tokenizer import load_chat
@@ -70,7 +71,7 @@ def load_fast(folder):
     return model
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description="How far a trained model has gone from its start: KL divergence per token.")
     parser.add_argument("--model", required=True, help="folder of the trained model")
@@ -79,11 +80,25 @@ def main():
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, least in (("samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} = {getattr(args, name)}; expected {least} or more")
+
+    # The prompts are checked before the models are loaded.
+    chat = load_chat(args.model)
+
+    def check(turns):
+        chat.encode_prompt(turns)
+        return turns
+
+    dropped = Counter()
+    _, _, prompts = read_prompts(
+        args.prompts, check, dropped, skip_bad_lines=None, required_field="prompt")
+    for reason, n in dropped.items():
+        print(f"prompts  {n} dropped: {reason}")
     model = load_fast(args.model)
     start = load_fast(args.start)
-    chat = load_chat(args.model)
-    prompts = [prompt_turns(row, "prompt") for _, row in read_jsonl(args.prompts)]
     d = drift(model, start, chat, prompts, samples=args.samples, seed=args.seed,
               max_new_tokens=args.max_new_tokens)
     print(f"KL to the start {d['kl']:.5f} +- {d['kl_stderr']:.5f} nats per token, on "
@@ -92,7 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_command(main)

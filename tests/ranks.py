@@ -2,10 +2,16 @@
 
 Each has the environment that torchrun gives, one thread, and its output in a file.
 """
+import builtins
+import fnmatch
+import functools
+import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -17,11 +23,14 @@ from pathlib import Path
 import torch
 import torch._dynamo        # which the first parameter without memory imports: better once than in every rank
 import torch.distributed.checkpoint.state_dict
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
+import checkpoint
+import model
 import train
 from data import files, preference
-from model import save_model
+from model import load_model, save_model
 
 # The server that forks them starts as a program of its own and imports this file.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
@@ -70,6 +79,7 @@ class Ranks:
 def _rank(env, log, function, args):
     os.environ |= {name: str(value) for name, value in env.items()}
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs ignore it
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     function(*args)
 
@@ -158,6 +168,103 @@ def tokenising_fails(line, how):
         small_files(4000)
 
 
+def all_of(changes):
+    """Several changes, each a tuple of a function and its arguments."""
+    for change, *args in changes:
+        change(*args)
+
+
+def at_call(number, target, when, what, on="all", of=""):
+    """Something happens before or after this call of a function, which is named where it is looked up
+    ("checkpoint.save_model"). Calls whose arguments do not mention `of` do not count.
+
+    what: names of signals to this process, one after the other, or a function without arguments.
+    on: the rank on which it happens, or "all", or "last".
+    """
+    rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+    if on != "all" and rank != (last if on == "last" else on):
+        return
+    holder, _, name = target.rpartition(".")
+    holder = pkgutil.resolve_name(holder)
+    whole, calls = getattr(holder, name), itertools.count(1)
+
+    def happen():
+        if callable(what):
+            what()
+        else:
+            for name in what.split():
+                os.kill(os.getpid(), signal.Signals[name])
+
+    @functools.wraps(whole)
+    def changed(*args, **kwargs):
+        now = (not of or of in str(args)) and next(calls) == number
+        if now and when == "before":
+            happen()
+        returned = whole(*args, **kwargs)
+        if now and when == "after":
+            happen()
+        return returned
+    setattr(holder, name, changed)
+
+
+def no_room(pattern, times=10**9):
+    """The disk is full, so many times, for files and folders of these paths: files are made but take no byte."""
+    left = [times]
+
+    def full(path):
+        hit = left[0] > 0 and fnmatch.fnmatch(str(path), pattern)
+        left[0] -= hit
+        return hit
+
+    def refusing(whole, error):
+        def changed(*args, **kwargs):
+            if any(full(arg) for arg in args if isinstance(arg, (str, Path))):
+                raise error
+            return whole(*args, **kwargs)
+        return changed
+
+    whole_open = builtins.open
+
+    def changed_open(file, mode="r", *args, **kwargs):
+        if set(mode).isdisjoint("wax") or not full(file):
+            return whole_open(file, mode, *args, **kwargs)
+        whole_open(file, mode, *args, **kwargs).close()
+        return whole_open("/dev/full", mode, *args, **kwargs)
+
+    builtins.open = io.open = changed_open
+    error = OSError(28, f"No space left on device: {pattern}")
+    for name in ("rename", "replace", "mkdir"):
+        setattr(os, name, refusing(getattr(os, name), error))
+    model.save_file = refusing(model.save_file, SafetensorError(f"No space left on device (os error 28): {pattern}"))
+
+
+def streams_gone(*names):
+    """The other ends of these streams are closed, as of a terminal or `tee` that has ended."""
+    for name in names:
+        read, write = os.pipe()
+        os.close(read)
+        setattr(sys, name, os.fdopen(write, "w", buffering=1))
+
+
+def clock_goes_back():
+    """The wall clock is an hour earlier at every look."""
+    whole, looks = time.time, itertools.count(1)
+    time.time = lambda: whole() - 3600 * next(looks)
+
+
+def retry_soon():
+    train.RETRY_SECONDS = 1
+
+
+def log_half_a_line(*args):
+    """The next line of metrics.jsonl is written half, and the rank is killed."""
+    def append_half(path, text):
+        with open(path, "a") as f:
+            f.write(text[:40])
+        os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.append_whole = append_half
+
+
 def save_gradients(config, path):
     """Losses and clipped gradients of the first 16 pairs, whole, to `path`."""
     device = train.join_ranks(config.timeout_minutes)
@@ -178,6 +285,19 @@ def save_gradients(config, path):
 def load_and_save(config, path, shard_bytes):
     device = train.join_ranks(config.timeout_minutes)
     save_model(train.load_sharded(config, device), path, like=config.model, shard_bytes=shard_bytes)
+    torch.distributed.destroy_process_group()
+
+
+def saves_to_a_full_disk(folder, path):
+    """Saves a sharded model where a file of 8 kB finds no room, and prints the error of each rank."""
+    torch.distributed.init_process_group("gloo")
+    model = load_model(folder, shard=lambda model: torch.distributed.fsdp.fully_shard(model))
+    if torch.distributed.get_rank() == 0:
+        small_files(8_000)
+    try:
+        save_model(model, path, like=folder, shard_bytes=8_000)
+    except (OSError, ValueError) as e:
+        print(f"{type(e).__name__}: {e}")
     torch.distributed.destroy_process_group()
 
 

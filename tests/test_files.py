@@ -7,13 +7,16 @@ import bz2
 import gzip
 import json
 import os
+import resource
 import sys
+import time
 from collections import Counter
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from data.files import Dropped, read_jsonl, read_records, write_records, write_whole, written_whole
+from data.files import (Dropped, check_output, read_json, read_jsonl, read_records, write_records, write_whole,
+                        written_whole)
 
 ROWS = [{"prompt": "naïve 👋", "n": 1}, {"prompt": "b", "n": 2.5},
         {"prompt": "c", "deep": [{"x": None}]}]
@@ -55,7 +58,9 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
         list(read_records([path]))
 
     class ParquetFile:
-        def __init__(self, file):
+        schema_arrow = SimpleNamespace(names=["prompt", "n"])
+
+        def __init__(self, file, **settings):
             assert file == path
 
         def iter_batches(self):
@@ -68,6 +73,60 @@ def test_parquet_is_read_where_pyarrow_is_and_asked_for_where_not(tmp_path, monk
     monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet)
     assert list(read_records([path]))[3] == (f"{path}: item 4", ROWS[1])
+
+
+@pytest.mark.parametrize("names, failure, message", [
+    (["a", "b"], OSError("Corrupt snappy compressed data."), "cannot be read as parquet .Corrupt snappy"),
+    (["a", "b"], NotImplementedError("no such codec"), "cannot be read as parquet .no such codec"),
+    (["a", "a"], None, "cannot be read as parquet .two columns of one name")], ids=range(3))
+def test_parquet_that_is_damaged_is_named(names, failure, message, tmp_path, monkeypatch):
+    class ParquetFile:
+        schema_arrow = SimpleNamespace(names=names)
+
+        def __init__(self, file, **settings):
+            pass
+
+        def iter_batches(self):
+            if failure:
+                raise failure
+            return []
+    pyarrow, pyarrow.parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
+    pyarrow.parquet.ParquetFile = ParquetFile
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and the rest")
+    with pytest.raises(ValueError, match=f"rows.parquet: {message}"):
+        list(read_records([tmp_path / "rows.parquet"]))
+
+
+def test_what_is_no_regular_file_is_read_as_empty_or_named_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert list(read_records([tmp_path / "pipe"])) == [] == list(read_records(["/dev/null"]))
+    with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read .*Is a directory"):
+        list(read_records([tmp_path]))
+    for path, message in ((tmp_path, "Is a directory"), (tmp_path / "absent", "No such file")):
+        with pytest.raises(OSError, match=f"{path}: cannot be read .*{message}"):
+            read_json(path)
+    with pytest.raises(ValueError, match="pipe: not valid JSON"):
+        read_json(tmp_path / "pipe")
+
+
+def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read_end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_end = os.open(tmp_path / "pipe", os.O_WRONLY)
+    os.write(write_end, LINES[:20])
+
+    # The rest comes later, from a process of its own.
+    writer = os.fork()
+    if writer == 0:
+        time.sleep(0.3)
+        os.write(write_end, LINES[20:])
+        os._exit(0)
+    os.close(write_end)
+    assert [row for _, row in read_records([tmp_path / "pipe"])] == ROWS
+    os.waitpid(writer, 0)
+    os.close(read_end)
 
 
 OBJECTS = "\n".join(json.dumps(row, indent=1) for row in ROWS)
@@ -100,7 +159,10 @@ def test_what_is_no_file_of_rows_is_refused_as_what_it_is(content, message, skip
     (b'{"a": "cut \\ud83d"}',
      r"a holds half a surrogate pair \('\\ud83d' at character 5\); expected whole characters"),
     (b'{"a": [{"b": ["x", "\\udc4b"]}]}', r"a\[0\].b\[1\] holds half"),
-    (b'{"a": {"\\ud83d": 1}}', "a name in a holds half"),
+    (b'{"a": {"\\ud83d": 1}}', "a name in a holds half"), (b'{"\\ud83d": 1}', "a name in the row holds half"),
+    (b'{"a": 1, "a": 2}', "has 'a' twice in one object; expected each name once"),
+    (b'{"a": ' + b"9" * 400 + b"}", "a is a whole number over 1e308"), (b'{"a": "\x00"}', "not valid JSON"),
+    (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "nested too deep"), (BOM + b'{"a": 1}', "not valid JSON .*BOM"),
     (b'{"a": NaN}', "a is NaN, which JSON does not have; expected text"),
     (b'{"a": [1, -Infinity]}', r"a\[1\] is -Infinity"),
     (b'{"a": 1e999}', "a is Infinity"),
@@ -109,7 +171,7 @@ def test_what_is_no_file_of_rows_is_refused_as_what_it_is(content, message, skip
     (b"{} {}", "not valid JSON"),
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
     (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit .* for integer string conversion")],
-    ids=range(12))
+    ids=range(18))
 def test_a_line_that_is_no_row_is_named_with_field_and_cause(line, message, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": "fine \\ud83d\\udc4b"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"rows.jsonl:2: {message}"):
@@ -187,6 +249,54 @@ def raised():
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match="absent/a.txt: cannot be written .*No such file"):
         write_whole(tmp_path / "absent" / "a.txt", "text")
+
+
+def test_what_cannot_be_written_is_known_before_the_work_and_leaves_no_trace(tmp_path, capsys):
+    (tmp_path / "file").write_text("{}\n")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "hard").hardlink_to(tmp_path / "file")
+    before = sorted(tmp_path.iterdir())
+    for output, message in ((tmp_path, "a folder; expected the name of a file"),
+                            (tmp_path / "absent/a", "No such file or directory"),
+                            (tmp_path / "file/a", "Not a directory"), ("/proc/a", "")):
+        with pytest.raises(OSError, match=f"^{output}: cannot be written .*{message}"):
+            check_output(output)
+        with pytest.raises(OSError, match=f"^{output}: cannot be written "):
+            write_records(output, ROWS)
+    for name in ("link", "hard", "file", f"../{tmp_path.name}/file"):
+        with pytest.raises(ValueError, match="input and output are one file; expected two"):
+            check_output(tmp_path / name, "absent", tmp_path / "file")
+    assert capsys.readouterr().out == ""
+
+    check_output(tmp_path / "link")
+    assert capsys.readouterr().out == f"output   replaces {tmp_path}/link\n"
+    check_output(tmp_path / "new", tmp_path / "file")
+    check_output("/dev/null")
+    assert capsys.readouterr().out == ""
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "file").read_text() == "{}\n"
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file_that_stays_as_it_was(tmp_path):
+    write_records(tmp_path / "rows.jsonl", ROWS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # what a full disk looks like
+    try:
+        with pytest.raises(OSError, match="rows.jsonl: cannot be written"):
+            write_records(tmp_path / "rows.jsonl", ROWS * 1000)
+        with pytest.raises(OSError, match="rows.jsonl: cannot be written"):
+            write_whole(tmp_path / "rows.jsonl", "text" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "rows.jsonl").read_bytes() == LINES and len([*tmp_path.iterdir()]) == 1
+    # A device is written to as it is, and named too.
+    with pytest.raises(OSError, match="/dev/full: cannot be written .*No space left on device"):
+        write_records("/dev/full", ROWS)
+
+
+def test_the_name_of_a_folder_that_is_no_utf_8_does_not_lose_a_whole_file(tmp_path):
+    name = os.fsdecode(b"mod\xe8le")
+    write_whole(tmp_path / "a.json", json.dumps({"generator": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"generator": name}
 
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):

@@ -6,9 +6,11 @@ Each folder below has the fields of its model's real config.json, all of them an
 and the files that lie in its repository; sizes are cut and weights random.
 """
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ import generate
 import score
 import train
 from make_golden import TOKENS, formula_weight
-from model import INDEX, Transformer, checkpoint_tensors, load_model, read_config, save_model
+from model import (
+    INDEX, Transformer, checkpoint_tensors, copied_files, load_model, read_config, save_model)
+from ranks import run_ranks, saves_to_a_full_disk
 from small import small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -409,3 +413,209 @@ def test_a_run_says_that_config_json_names_another_dtype_than_it_saves_in(tmp_pa
     train.main(train.parse_config(flags))
     lines = capsys.readouterr().out
     assert "saving   in float32; config.json goes on naming bfloat16" in lines
+
+
+# --- odd values, files and links ------------------------------------------------------------------
+
+def config_error(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    return error_of(read_config, folder)
+
+
+LLAMA3_ROPE = LLAMA31["rope_scaling"]
+NO_SIZE = [True, 4.0, "4", 0, -4, 10**400, math.nan, math.inf, [4], {}]
+NO_NUMBER = [True, "1e-5", 0, -1.5, 10**400, math.nan, math.inf, [1.5], {}]
+
+
+@pytest.mark.parametrize("field, value", [
+    *[(field, value) for value in NO_SIZE for field in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "vocab_size", "max_position_embeddings")],
+    *[(field, value) for value in NO_NUMBER for field in ("rms_norm_eps", "rope_theta")],
+    *[(field, value) for value in ("false", 0, 1, []) for field in (
+        "tie_word_embeddings", "mlp_bias", "attention_bias")],
+    ("head_dim", 15), ("num_key_value_heads", 3), ("hidden_size", 30), ("num_hidden_layers", 10**6),
+    ("rope_scaling", [8.0]), ("rope_scaling", "llama3"), ("rope_scaling", {"rope_type": ["llama3"]}),
+    ("rope_scaling", {"rope_theta": True}),
+], ids=str)
+def test_a_value_of_config_json_that_is_none_of_its_field_is_an_error_that_names_both(field, value, small):
+    message = config_error(small, **{field: value})
+    assert message.startswith(f"{small}/config.json: ")
+    assert "rope" in message if field.startswith("rope") else f"{field} = " in message
+
+
+@pytest.mark.parametrize("field, value", [
+    *[(field, value) for value in NO_NUMBER for field in ("factor", "low_freq_factor", "high_freq_factor")],
+    *[("original_max_position_embeddings", value) for value in NO_SIZE], ("high_freq_factor", 1.0), ("factor", None)],
+    ids=str)
+def test_a_value_of_the_llama3_rope_that_is_none_of_its_field_is_an_error_that_names_it(field, value, small):
+    message = config_error(small, rope_scaling=LLAMA3_ROPE | {field: value})
+    assert message.startswith(f"{small}/config.json: ") and f"rope's {field}" in message
+
+
+@pytest.mark.parametrize("changes", [
+    {"sliding_window": True}, {"sliding_window": 4.5}, {"sliding_window": 0}, {"layer_types": 7},
+    {"layer_types": ["sliding_attention"]}, {"layer_types": [["sliding_attention"]] * 2}])
+def test_a_sliding_window_that_is_none_is_an_error_that_names_it(changes, small):
+    (field,) = changes
+    assert field in config_error(small, model_type="mistral", **changes)
+
+
+def test_whole_numbers_are_numbers_and_rope_keeps_its_values(small):
+    raw = json.loads((small / "config.json").read_text()) | {"rope_theta": 500000, "rope_scaling": LLAMA3_ROPE}
+    (small / "config.json").write_text(json.dumps(raw))
+    config = read_config(small)
+    assert config.rope_theta == 500000
+    assert config.rope_scaling == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"}
+
+
+NO_JSON = {
+    "empty": b"", "cut": b'{"a": ', "no UTF-8": b'{"a": "\xe9"}', "no object": b"[]",
+    "5,000 digits": b'{"a": ' + b"7" * 5000 + b"}",
+    "nested": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested list": b"[" * 990 + b"]" * 990,
+    "a key twice": b'{"vocab_size": 1, "vocab_size": 2}', "half a pair": rb'{"a": "\ud83d"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16")}
+
+
+@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_a_json_file_that_is_none_is_an_error_that_names_it(content, file, small):
+    (small / file).write_bytes(content)
+    assert error_of(load_model, small).startswith(f"{small / file}: not valid JSON")
+
+
+@pytest.mark.parametrize("depth", range(900, 1000, 3))
+def test_a_nested_value_at_any_depth_is_an_error_that_names_the_file(depth, small):
+    raw = json.dumps(json.loads((small / "config.json").read_text()) | {"other": "NESTED"})
+    (small / "config.json").write_text(raw.replace('"NESTED"', "[" * depth + "]" * depth))
+    assert error_of(read_config, small).startswith(f"{small}/config.json: ")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 1}, {"a": "../model.safetensors"}, {"a": "config.json"},
+                                        {"a": "a\0.safetensors"}, {"a": ["model.safetensors"]}, {"a": ""}], ids=str)
+def test_an_index_that_names_no_files_of_the_folder_is_an_error_that_names_it(weight_map, small):
+    (small / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert error_of(load_model, small).startswith(f"{small / INDEX}: expected a JSON object whose weight_map")
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model.safetensors"])
+def test_a_directory_in_the_place_of_a_file_is_an_error_that_names_it(file, small):
+    (small / file).unlink(missing_ok=True)
+    (small / file).mkdir()
+    assert error_of(load_model, small).startswith(f"{small / file}: not a file")
+
+
+def safetensors_file(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\0" * 7, b"\xff" * 8, b"\0" * 8, safetensors_file(b"{"), safetensors_file([]), safetensors_file({"a": 1}),
+    safetensors_file({"a": ONE}), safetensors_file({"a": ONE | {"shape": [2**63]}}, b"1234"),
+    safetensors_file({"a": ONE | {"shape": [2**40, 2**40]}}, b"1234"),
+    safetensors_file({"a": ONE | {"shape": [-1]}}, b"1234"),
+    safetensors_file({"a": ONE | {"dtype": "F33"}}, b"1234"),
+    safetensors_file({"a": ONE | {"data_offsets": [4, 0]}}, b"1234"),
+    safetensors_file(b"[" * 100_000), safetensors_file(rb'{"\ud83d": 1}'), safetensors_file({"a": ONE}, b"12345678")],
+    ids=lambda content: repr(content[:40]))
+def test_an_odd_safetensors_header_is_an_error_that_names_the_file(content, small):
+    (small / "model.safetensors").write_bytes(content)
+    assert error_of(load_model, small).startswith(f"{small}/model.safetensors: ")
+
+
+def test_a_panic_of_the_safetensors_library_is_an_error_that_names_the_file(small, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*args):
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+    monkeypatch.setattr("model.safe_open", panics)
+    assert error_of(checkpoint_tensors, small).startswith(f"{small}/model.safetensors: ")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "original/tokenizer.model"])
+@pytest.mark.parametrize("how", ["absolute", "relative", "leads nowhere", "a folder"])
+def test_a_link_that_leads_out_of_the_folder_is_refused_when_it_is_first_looked_at(file, how, small, tmp_path):
+    secret = tmp_path / "secret" / "x"
+    secret.parent.mkdir()
+    secret.write_text((small / "config.json").read_text())
+    link = small / file
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    if how == "leads nowhere":
+        secret.unlink()
+        if file == "config.json":
+            pytest.skip("is told as one that is not found")
+    if how == "a folder":
+        (tmp_path / "secret" / "tokenizer.model").write_text("secret")
+        (small / "original").rmdir() if "original" in file else link.write_text("{}")
+        (small / "original").symlink_to(tmp_path / "secret")
+        link = small / "original" / "tokenizer.model"
+    else:
+        link.symlink_to(os.path.relpath(secret, link.parent) if how == "relative" else secret)
+    for call in (read_config, load_model, checkpoint_tensors):
+        message = error_of(call, small)
+        assert message.startswith(f"{link}: ") and str(tmp_path / "secret") in message and "link" in message
+
+
+@pytest.mark.parametrize("reached", ["snapshot", "a link to it"])
+def test_the_links_of_the_hubs_cache_are_followed(reached, small, tmp_path):
+    expected = load_model(small).state_dict()
+    (small / "tokenizer.model").symlink_to("tokenizer.json")            # a link inside the folder
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(small.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    folder = snapshot
+    if reached == "a link to it":
+        folder = tmp_path / "link"
+        folder.symlink_to(snapshot)
+    model = load_model(folder)
+    save_model(model, tmp_path / "saved", like=folder)
+    assert_same_weights(tmp_path / "saved", expected)
+    assert sorted(f.name for f in copied_files(folder)) == ["config.json", "tokenizer.json", "tokenizer.model"]
+    for file in copied_files(folder):
+        copy = tmp_path / "saved" / file.name
+        assert copy.read_bytes() == file.read_bytes() and not copy.is_symlink()
+    # Blobs that are a link themselves lead out again.
+    (tmp_path / "models--a--b" / "elsewhere").mkdir()
+    blobs.rename(tmp_path / "blobs elsewhere")
+    blobs.symlink_to(tmp_path / "blobs elsewhere")
+    assert "leads out of the folder" in error_of(read_config, folder)
+
+
+def test_weights_may_be_links_to_anywhere(small, tmp_path):
+    expected = load_model(small).state_dict()
+    (small / "model.safetensors").rename(tmp_path / "big.safetensors")
+    (small / "model.safetensors").symlink_to(tmp_path / "big.safetensors")
+    assert_same_weights(small, expected)
+
+
+@pytest.mark.parametrize("file", [INDEX, "config.json"])
+def test_a_file_for_which_the_disk_has_no_space_is_named(file, small, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / file).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"{tmp_path}/saved/{file}: cannot be written .*No space left"):
+        save_model(load_model(small), tmp_path / "saved", like=small)
+
+
+def test_all_ranks_raise_what_rank_0_cannot_write(small, tmp_path):
+    started = time.monotonic()
+    output = run_ranks(2, tmp_path / "logs", saves_to_a_full_disk, str(small), str(tmp_path / "saved"))
+    assert time.monotonic() - started < 60
+    messages = [line for line in output.splitlines() if line.startswith("OSError")]
+    assert len(messages) == 2 and messages[0] == messages[1]
+    assert f"{tmp_path}/saved/model-000" in messages[0] and "cannot be written" in messages[0]
+
+
+def test_all_ranks_refuse_a_folder_that_holds_weights(small, tmp_path):
+    output = run_ranks(2, tmp_path / "logs", saves_to_a_full_disk, str(small), str(small))
+    assert [line.split(":")[0] for line in output.splitlines()].count("ValueError") == 2

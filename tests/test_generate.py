@@ -3,10 +3,16 @@ killed; the files of AlpacaEval and Arena-Hard.
 
     pytest tests/test_generate.py
 """
+import fcntl
 import json
+import math
+import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -167,10 +173,35 @@ def test_greedy_answers_of_the_tiny_model_equal_transformers(tiny):
     ({"top_k": -1}, "top_k = -1"), ({"samples": 0}, "samples = 0"),
     ({"max_new_tokens": 0}, "max_new_tokens = 0"),
     ({"samples": 5, "batch_size": 4}, "batch_size = 4; expected room for the 5 answers"),
+    ({"temperature": 1e-40}, "temperature = 1e-40; expected 0 or more, if it is not 0 at least 1e-06"),
+    ({"temperature": math.nan}, "temperature = nan"), ({"temperature": math.inf}, "temperature = inf"),
+    ({"temperature": True}, "temperature = True; expected a finite number"),
+    ({"top_p": True}, "top_p = True"), ({"top_p": math.nan}, "top_p = nan"), ({"top_p": "0.9"}, "top_p = '0.9'"),
+    ({"top_k": True}, "top_k = True; expected a whole number"), ({"top_k": 2.0}, "top_k = 2.0"),
+    ({"samples": True}, "samples = True"), ({"max_new_tokens": 4.0}, "max_new_tokens = 4.0"),
+    ({"batch_size": math.nan}, "batch_size = nan"),
     ({"max_new_tokens": 240}, "prompt 3 has 21 tokens; .* at most the 256 positions")], ids=str)
 def test_settings_out_of_range_are_named(llama, changes, message):
     with pytest.raises(ValueError, match=message):
         generate(llama, PROMPTS, seeds=SEEDS, stop_ids={}, **{"max_new_tokens": 4} | changes)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"top_p": 1.0}, {"top_k": 3}],
+                         ids=str)
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_answer(tmp_path, damage, settings):
+    model = small_model(tmp_path)
+    model.head_weight.data[7] = damage
+    with pytest.raises(ValueError, match="prompt [1-6]: the model's logits are not finite"):
+        generate(model, PROMPTS, seeds=SEEDS, stop_ids={}, max_new_tokens=4, **settings)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_least_temperature_is_greedy_and_not_infinite(top_p):
+    logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) * 1000
+    uniform = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = sample(logits, uniform, temperature=sampler.LEAST_TEMPERATURE, top_p=top_p)
+    assert torch.equal(found, logits.argmax(-1))
 
 
 def test_a_prompt_without_tokens_is_refused_and_no_prompts_have_no_answers(llama):
@@ -398,6 +429,151 @@ def test_a_job_goes_on_with_the_date_of_its_first_day(prompts_file, tmp_path, mo
     with pytest.raises(ValueError, match="date = '2026-01-31', found '2026-02-01' now"):
         job("killed.jsonl", "--date", "2026-02-01")
     assert job("killed.jsonl") == whole                                     # on a later day
+
+
+KILLED = ("--max_new_tokens", "4")
+
+
+def kill_before_the_end(prompts, output, monkeypatch, *flags):
+    """A job that is killed when all parts are there and none is joined."""
+    def dies(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate_py, "answers_text", dies)
+        run(prompts, output, *KILLED, *flags)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model"])
+def test_answers_of_other_config_or_tokenizer_files_are_not_mixed(file, prompts_file, tmp_path, monkeypatch):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    kill_before_the_end(prompts_file, tmp_path / "a.jsonl", monkeypatch, "--model", str(model))
+    changes = {"config.json": {"rms_norm_eps": 0.001}, "generation_config.json": {"eos_token_id": [2, 100]},
+               "tokenizer_config.json": {"note": 1}}
+    if file in changes:
+        fields = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(fields | changes[file]))
+    else:
+        # A field that is not known, 1000: 1, changes the file and nothing else.
+        (model / file).write_bytes((model / file).read_bytes() + b"\xc0\x3e\x01")
+    with pytest.raises(ValueError, match="a.jsonl.parts: holds answers with config and tokenizer = "):
+        run(prompts_file, tmp_path / "a.jsonl", *KILLED, "--model", str(model))
+    assert len(list((tmp_path / "a.jsonl.parts").glob("0*.json"))) == 3
+
+
+def test_damaged_parts_are_named_when_they_are_found_and_made_again(prompts_file, tmp_path, monkeypatch, capsys):
+    whole = run(prompts_file, tmp_path / "whole.jsonl", *KILLED)
+    kill_before_the_end(prompts_file, tmp_path / "a.jsonl", monkeypatch)
+    parts = tmp_path / "a.jsonl.parts"
+    (parts / "000000.json").write_bytes(b"")
+    text = (parts / "000002.json").read_text()
+    word = max(text.split(), key=len)
+    (parts / "000002.json").write_text(text.replace(word, word[::-1]))
+    assert run(prompts_file, tmp_path / "a.jsonl", *KILLED) == whole
+    out = capsys.readouterr().out
+    assert "in 3 batches, 1 of them done before" in out
+    for part in ("000000", "000002"):
+        assert f"{part}.json: " in out
+    assert out.count("prompts are answered again") == 2
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda file: file.write_bytes(b""), "job.json: not valid JSON .*; remove the folder .* to begin anew"),
+    (lambda file: file.write_text(file.read_text().replace('"date"', '"dote"')),
+     "job.json: damaged, or of an earlier version of this command; remove the folder"),
+    (lambda file: file.write_text('{"date": "2026-01-31"}'), "job.json: damaged"),
+    (lambda file: file.unlink(), "a.jsonl.parts: holds 00000..json but no job.json")])
+def test_a_damaged_job_json_is_one_error_that_says_what_to_do(damage, message, prompts_file, tmp_path, monkeypatch):
+    kill_before_the_end(prompts_file, tmp_path / "a.jsonl", monkeypatch)
+    parts = tmp_path / "a.jsonl.parts"
+    damage(parts / "job.json")
+    before = {file.name for file in parts.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert {file.name for file in parts.iterdir()} == before
+
+
+def test_a_part_that_vanishes_before_the_end_costs_no_other(prompts_file, tmp_path, monkeypatch):
+    whole = run(prompts_file, tmp_path / "whole.jsonl", *KILLED)
+    unharmed = generate_py.join_parts
+
+    def vanished(job, name):
+        job.part(1).unlink()
+        unharmed(job, name)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="000001.json: not found; all other parts"):
+        patch.setattr(generate_py, "join_parts", vanished)
+        run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert len(list((tmp_path / "a.jsonl.parts").glob("0*.json"))) == 2 and not (tmp_path / "a.jsonl").exists()
+    assert run(prompts_file, tmp_path / "a.jsonl", *KILLED) == whole
+
+
+@contextmanager
+def full_disk(size):
+    """Files of this process can have no more than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("function, file", [("write_part", r"a.jsonl.parts/000000.json"),
+                                            ("join_parts", "a.jsonl")])
+def test_a_full_disk_is_named_and_the_same_command_goes_on(function, file, prompts_file, tmp_path, monkeypatch):
+    whole = run(prompts_file, tmp_path / "whole.jsonl", *KILLED)
+    unharmed = getattr(generate_py, function)
+
+    def full(*args):
+        with full_disk(64):
+            unharmed(*args)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{file}: cannot be written .*too large"):
+        patch.setattr(generate_py, function, full)
+        run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert not (tmp_path / "a.jsonl").exists() and not list(tmp_path.rglob("*.tmp.*"))
+    assert run(prompts_file, tmp_path / "a.jsonl", *KILLED) == whole
+
+
+def test_a_second_job_on_the_same_output_is_told_who_is_at_work(prompts_file, tmp_path):
+    with open(tmp_path / "a.jsonl.lock", "w") as held:
+        held.write("process 12 on node3")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="a.jsonl.lock: process 12 on node3 is at work on this output"):
+            run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert not (tmp_path / "a.jsonl.parts").exists()
+    run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert not (tmp_path / "a.jsonl.lock").exists()
+
+
+def test_a_folder_of_somebodys_is_not_taken_for_parts(prompts_file, tmp_path):
+    (tmp_path / "a.jsonl.parts").mkdir()
+    (tmp_path / "a.jsonl.parts/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="a.jsonl.parts: holds thesis.txt but no job.json"):
+        run(prompts_file, tmp_path / "a.jsonl", *KILLED)
+    assert (tmp_path / "a.jsonl.parts/thesis.txt").exists()
+
+
+def test_a_clock_that_jumps_does_not_show(monkeypatch):
+    said = []
+    jumps = iter(range(0, -10**9, -86400))
+    monkeypatch.setattr(generate_py, "say", said.append)
+    monkeypatch.setattr(generate_py.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    progress = generate_py.Progress(2)
+    progress(5, 1)
+    progress(5, 1)
+    monkeypatch.undo()
+    assert len(said) == 1 and "2/2 on rank 0 of 1" in said[0] and "-" not in said[0]
+
+
+def test_a_stdout_that_is_gone_does_not_end_sampling(prompts_file, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--model", str(TINY), "--prompts", str(prompts_file), "--output", str(tmp_path / "a.jsonl"), *KILLED]
+    done = subprocess.run([sys.executable, "generate.py", *flags], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 9
 
 
 def test_ranks_write_the_same_bytes_as_one(prompts_file, tmp_path):

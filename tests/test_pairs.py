@@ -1,7 +1,11 @@
 """Pairs of scored answers, and the published sets. Run: pytest tests/test_pairs.py"""
 import json
+import os
+import resource
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +111,61 @@ def test_no_pairs_at_all_and_an_output_that_is_the_input_are_refused(tmp_path):
     assert (tmp_path / "scored.jsonl").read_text()
 
 
+def test_what_cannot_be_written_is_known_before_anything_is_read(tmp_path, monkeypatch):
+    scored = write(tmp_path / "scored.jsonl", ROW)
+    (tmp_path / "hard.jsonl").hardlink_to(scored)
+    monkeypatch.setattr("data.pairs.make_pairs", lambda *args: pytest.fail("long work"))
+    for output in ("absent/pairs.jsonl", ".", "hard.jsonl", "scored.jsonl"):
+        with pytest.raises((ValueError, OSError), match="cannot be written|input and output are one file"):
+            main(["--input", scored, "--output", f"{tmp_path}/{output}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hard.jsonl", "scored.jsonl"]
+
+
+def test_a_file_that_is_replaced_is_said_and_stays_whole_until_the_new_one_is(tmp_path, capsys):
+    run(tmp_path, ROW)
+    assert "replaces" not in capsys.readouterr().out
+    before = (tmp_path / "pairs.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    scored = write(tmp_path / "scored.jsonl", *[ROW] * 1000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # what a full disk looks like
+    try:
+        with pytest.raises(OSError, match="pairs.jsonl: cannot be written"):
+            main(["--input", scored, "--output", f"{tmp_path}/pairs.jsonl"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
+    capsys.readouterr()
+    assert len(run(tmp_path, ROW, ROW)) == 2
+    assert f"replaces {tmp_path}/pairs.jsonl\n" in capsys.readouterr().out
+
+
+def test_scores_near_the_largest_number_make_a_pair_and_means_that_are_numbers(tmp_path, capsys):
+    huge = ROW | {"all_rm_scores": [0, -10**308, 1.7e308]}
+    assert len(run(tmp_path, huge, huge)) == 2
+    assert "chosen 1.7e+308 on average, rejected -1e+308" in capsys.readouterr().out
+    for scores in ([1.7e308, 1, 1], [0, -10**308, 1.7e308]):
+        two = ROW | {"all_scorer_scores": [scores, scores]}
+        with pytest.raises(ValueError, match="scored.jsonl:1: all_scorer_scores holds .* too large"):
+            run(tmp_path, two, uncertainty=1)
+
+
+def test_answers_that_are_none_are_a_bad_line_with_uncertainty_too(tmp_path):
+    for odd in (None, 3, {}):
+        with pytest.raises(ValueError, match="scored.jsonl:1: all_generated_responses; expected"):
+            run(tmp_path, TWO | {"all_generated_responses": odd}, uncertainty=1)
+
+
+def test_a_locale_that_is_not_utf_8_ends_no_command(tmp_path):
+    output = tmp_path / "päre 👋.jsonl"
+    environment = os.environ | {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "data.pairs", "--input", write(tmp_path / "scored.jsonl", ROW | {"prompt": "naïve"}),
+         "--output", os.fsencode(output)], env=environment, capture_output=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(output.read_text(encoding="utf-8"))["prompt"] == "naïve"
+
+
 # --- the published sets ---------------------------------------------------------------------------
 
 def published(chosen="high", rejected="low", **fields):
@@ -148,6 +207,14 @@ def test_a_row_of_another_shape_is_named(row, message, tmp_path, monkeypatch):
     load_from(monkeypatch, train=[published(), row], test=[])
     with pytest.raises(ValueError, match=message):
         prepare_ultrafeedback.main(["mistral-instruct-ultrafeedback", "--output", str(tmp_path)])
+
+
+def test_where_a_set_goes_is_known_before_it_is_fetched(tmp_path, monkeypatch):
+    asked = load_from(monkeypatch, train=[published()], test=[published()])
+    (tmp_path / "out/test.jsonl").mkdir(parents=True)
+    with pytest.raises(OSError, match="out/test.jsonl: cannot be written .a folder"):
+        prepare_ultrafeedback.main(["llama3-ultrafeedback", "--output", str(tmp_path / "out")])
+    assert asked == [] and [path.name for path in (tmp_path / "out").iterdir()] == ["test.jsonl"]
 
 
 def test_another_set_or_splits_are_refused(tmp_path, monkeypatch):

@@ -2,16 +2,22 @@
 
     pytest tests/test_score.py
 """
+import fcntl
 import json
 import math
+import os
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import score as score_py
@@ -186,6 +192,47 @@ def test_what_is_no_reward_model_of_a_known_kind_is_refused(gated, scalar, tmp_p
         RewardScorer(sentencepiece)
 
 
+@pytest.mark.parametrize("field, value", [("gating_temperature", True), ("gating_temperature", "2"),
+                                          ("num_objectives", True), ("gating_n_hidden", 3.0)])
+def test_numbers_of_the_head_are_read_strictly(field, value, gated, tmp_path):
+    folder = shutil.copytree(gated[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=f"config.json: .*{value}.*; expected positive numbers"):
+        load_reward_model(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    ('"gating_temperature": NaN', "config.json: gating_temperature is NaN"),
+    ('"gating_temperature": 1e400', "config.json: gating_temperature is Infinity"),
+    ('"pad_token_id": true', "config.json: pad_token_id = True; expected an id or null")])
+def test_config_json_of_a_reward_model_has_finite_numbers(text, message, gated, tmp_path):
+    folder = shutil.copytree(gated[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["gating_temperature"], config["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(config)[:-1] + f", {text}}}")
+    with pytest.raises(ValueError, match=message):
+        load_reward_model(folder)
+
+
+def test_a_reward_model_is_known_by_its_files_and_its_chat_format(scalar, tmp_path):
+    folder = shutil.copytree(scalar[0], tmp_path / "rm")
+    names = {RewardScorer(folder).name}
+    assert names == {RewardScorer(scalar[0]).name.replace(scalar[0].name, "rm")}
+    names.add(RewardScorer(folder, "mistral-v1").name)
+    changes = ("config.json", {"rms_norm_eps": 1e-4}), ("tokenizer_config.json", {"note": 1}), \
+        ("generation_config.json", {"eos_token_id": [2, 5]})
+    for file, change in changes:
+        fields = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(fields | change))
+        names.add(RewardScorer(folder).name)
+    # The same weights in a file of another size.
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors",
+              metadata={"format": "pt", "note": "x" * 64})
+    names.add(RewardScorer(folder).name)
+    assert len(names) == 6 and all(re.fullmatch("rm [0-9a-f]{8}", name) for name in names)
+
+
 def test_a_sequence_longer_than_the_models_positions_is_refused(scalar):
     with pytest.raises(ValueError, match=r"prompt and answer 2 have \d+ tokens, more than the 200 "
                                          "positions"):
@@ -200,6 +247,15 @@ def half(turns, answer): return len(turns[-1]["content"] + answer) / 2
 def word(turns, answer): return "good"
 def nan(turns, answer): return float("nan")
 def broken(turns, answer): return answer.index("?")
+def none(turns, answer): return None
+def yes(turns, answer): return True
+def huge(turns, answer): return 10 ** 400
+def endless(turns, answer): return 10 ** 5000
+def leaves(turns, answer): raise SystemExit(0)
+def things(turns, answer): return Thing()
+class Thing:
+    def __float__(self): raise KeyError
+    def __repr__(self): raise KeyError
 number = 1
 """
 ROW = {"prompt": "q", "all_generated_responses": ["a", "bcd"], "id": 7}
@@ -220,14 +276,21 @@ def job(tmp_path):
     return job
 
 
+def without_digests(row):
+    """A scored line with the names of its scorers as they were given."""
+    names = [re.fullmatch("(.*) [0-9a-f]{8}", name)[1] for name in row["scorers"]]
+    return row | {"scorers": names}
+
+
 def test_a_judge_adds_its_scores_to_a_line(job, capsys):
     scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
-    assert job([ROW], "length") == [scored]
-    assert "judge.py:length: mean 2, standard deviation 1, 1 to 3" in capsys.readouterr().out
+    (row,) = job([ROW], "length")
+    assert without_digests(row) == scored
+    assert f"{row['scorers'][0]}: mean 2, standard deviation 1, 1 to 3" in capsys.readouterr().out
 
 
 def test_several_scorers_keep_their_scores_beside_the_mean(job):
-    assert job([ROW], "length", "half") == [ROW | {
+    assert [without_digests(row) for row in job([ROW], "length", "half")] == [ROW | {
         "all_rm_scores": [1.0, 2.5], "all_scorer_scores": [[1.0, 3.0], [1.0, 2.0]],
         "scorers": ["judge.py:length", "judge.py:half"]}]
 
@@ -242,14 +305,14 @@ def test_a_judge_and_a_reward_model_score_together(job, scalar, tmp_path):
     assert row["all_scorer_scores"][1] == pytest.approx(expected, abs=1e-5)
     means = [(len(a) + r) / 2 for a, r in zip(ANSWERS, expected)]
     assert row["all_rm_scores"] == pytest.approx(means, abs=1e-5)
-    assert row["scorers"] == ["judge.py:length", scalar[0].name]
+    assert without_digests(row)["scorers"] == ["judge.py:length", scalar[0].name]
 
 
 def test_earlier_scores_and_pairs_are_replaced_and_counted(job, capsys):
     before = ROW | {"all_rm_scores": [9, 1], "chosen": "a", "rejected": "bcd",
                     "all_scorer_scores": [[9, 1], [9, 1]]}
     scored = ROW | {"all_rm_scores": [1.0, 3.0], "scorers": ["judge.py:length"]}
-    assert job([before, ROW], "length") == [scored] * 2
+    assert [without_digests(row) for row in job([before, ROW], "length")] == [scored] * 2
     assert "1 had been scored or paired before, which is replaced" in capsys.readouterr().out
 
 
@@ -269,7 +332,7 @@ def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys)
     rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)]
     rows += [ROW | {"all_generated_responses": ["a?", "b"]}]
     partial = job.output.with_name("out.jsonl.partial")
-    with pytest.raises(RuntimeError, match="failed on answer 2"):
+    with pytest.raises(RuntimeError, match="answer 2: failed with ValueError"):
         job([ROW | {"all_generated_responses": ["a?", "b?"]}, rows[-1]], "broken")
     assert not job.output.exists() and len(partial.read_text().splitlines()) == 1
     partial.unlink()
@@ -281,6 +344,7 @@ def test_the_output_has_its_name_once_it_is_whole(job, whole_lines, cut, capsys)
     partial.write_text("".join(lines[:whole_lines]) + lines[whole_lines][:cut])
     assert job(rows, "length") == whole and not partial.exists()
     assert ("2 of 5 lines are scored already" in capsys.readouterr().out) == (whole_lines == 2)
+    job.output.unlink()
     partial.write_text(lines[0])
     with pytest.raises(ValueError, match="out.jsonl.partial:1: found another line than"):
         job(rows, "half")
@@ -299,6 +363,219 @@ def test_an_output_of_other_answers_or_scorers_is_left_as_it_is(job):
     assert before and job.output.read_text() == "a file of somebody's"
 
 
+def test_another_judge_of_the_same_name_is_another_scorer(job, tmp_path):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    lines = job.output.read_bytes().splitlines(keepends=True)
+    job.output.write_bytes(b"".join(lines[:2]))
+    # Of the same size and, to a clock of seconds, the same time: compiled files in a cache look valid.
+    (tmp_path / "judge.py").write_text(JUDGES.replace("return len(answer)", "return-len(answer)"))
+    with pytest.raises(ValueError, match=r"out.jsonl:1: found another line than .*in.jsonl:1 scored by "
+                                         r"judge.py:length [0-9a-f]{8}: scorers = \['judge.py:length "):
+        score(tmp_path, "length")
+    assert job.output.read_bytes() == b"".join(lines[:2])
+    job.output.unlink()
+    score(tmp_path, "length")
+    assert [row["all_rm_scores"] for _, row in read_jsonl(job.output)] == [[-1.0, -3.0]] * 3
+
+
+def score(folder, *judges):
+    main(["--input", f"{folder}/in.jsonl", "--output", f"{folder}/out.jsonl", "--judge",
+          *(f"{folder}/judge.py:{judge}" for judge in judges)])
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_last_line_that_lost_only_its_end_is_never_joined_to_the_next(job, n, name):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    whole = job.output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    job.output.unlink()
+    job.output.with_name(name).write_bytes(b"".join(lines[:n])[:-1])
+    job(rows, "length")
+    assert job.output.read_bytes() == whole
+
+
+def test_a_line_whose_answers_or_other_fields_were_changed_is_refused(job):
+    rows = [ROW | {"id": i} for i in range(3)]
+    job(rows, "length")
+    lines = job.output.read_text().splitlines(keepends=True)
+    for old, new in (('"id": 1', '"id": 2'), ('"bcd"', '"bce"'), ("[1.0, 3.0]", "[1.0]"), ("[1.0", "[true")):
+        assert old in lines[1]
+        job.output.write_text(lines[0] + lines[1].replace(old, new))
+        with pytest.raises(ValueError, match="out.jsonl:2: found another line than .*in.jsonl:2"):
+            job(rows, "length")
+    job.output.write_text("".join(lines) + lines[2])
+    with pytest.raises(ValueError, match="out.jsonl:4: found another line than the 3 of the input"):
+        job(rows, "length")
+
+
+def test_an_output_that_is_whole_is_left_alone_and_said_to_be(job, capsys):
+    job([ROW], "length")
+    before = job.output.stat()
+    job([ROW], "length")
+    assert job.output.stat() == before
+    assert "out.jsonl: all 1 lines are scored already; nothing is left to do" in capsys.readouterr().out
+
+
+def test_an_output_of_something_else_is_not_replaced_by_what_its_partial_became(job):
+    job([ROW], "length")
+    job.output.rename(f"{job.output}.partial")
+    job.output.write_text("a file of somebody's")
+    with pytest.raises(ValueError, match="out.jsonl:1: not valid JSON"):
+        job([ROW], "length")
+    assert job.output.read_text() == "a file of somebody's"
+
+
+def test_a_second_job_on_the_same_output_is_told_who_is_at_work(job, tmp_path):
+    with open(tmp_path / "out.jsonl.lock", "w") as held:
+        held.write("process 12 on node3")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="out.jsonl.lock: process 12 on node3 is at work on this output"):
+            job([ROW], "length")
+        assert not job.output.exists()
+    for judge in ("length", "length", "half"):      # the lock ends with a job, also one that fails
+        try:
+            job([ROW], judge)
+        except ValueError as e:
+            assert judge == "half" and "found another line" in str(e)
+    assert not (tmp_path / "out.jsonl.lock").exists()
+
+
+def test_where_the_output_cannot_be_is_told_before_anything_is_loaded(job, tmp_path, monkeypatch):
+    job([ROW], "length")
+    monkeypatch.setattr(score_py, "load_judge", lambda name: pytest.fail("a judge was loaded"))
+    (tmp_path / "file").touch()
+    for output, message in (("absent/out.jsonl", "there is no folder .*absent; make it"),
+                            ("file/out.jsonl", "there is no folder .*file"), (".", "not a file")):
+        with pytest.raises(ValueError, match=message):
+            main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/{output}", "--judge", "x.py:y"])
+
+
+def test_no_answers_are_said_to_be_none(job):
+    with pytest.raises(ValueError, match="in.jsonl: no answers to score"):
+        job([], "length")
+    assert not job.output.exists()
+
+
+def test_a_judge_that_changes_its_turns_changes_no_others(job, tmp_path):
+    (tmp_path / "own.py").write_text("def clears(turns, answer):\n    turns[0].clear()\n"
+                                     "    turns.clear()\n    return 0\n")
+    job([ROW], "half")
+    expected = job.output.read_text().split('"all_rm_scores": ')[1][:10]
+    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/b.jsonl", "--judge",
+          f"{tmp_path}/own.py:clears", f"{tmp_path}/judge.py:half"])
+    ((_, row),) = read_jsonl(tmp_path / "b.jsonl")
+    assert row["all_scorer_scores"] == [[0.0, 0.0], json.loads(expected)]
+
+
+def test_scores_near_the_largest_float_have_a_mean(job, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def big(turns, answer): return 1.5e308\n")
+    job([ROW], "half")
+    main(["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/b.jsonl", "--judge",
+          *[f"{tmp_path}/own.py:big"] * 2])
+    ((_, row),) = read_jsonl(tmp_path / "b.jsonl")
+    assert row["all_rm_scores"] == [1.5e308] * 2
+    assert "mean 1.5e+308, standard deviation 0," in capsys.readouterr().out
+
+
+def test_a_clock_that_jumps_does_not_show(job, monkeypatch, capsys):
+    jumps = iter(range(0, -10**9, -86400))
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    job([ROW], "length")
+    monkeypatch.undo()
+    assert "1 lines scored in 0 s" in capsys.readouterr().out
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+SLOW = """
+import time
+def score(turns, answer):
+    print("a judge that prints", answer * 1000)
+    if turns[0]["content"] == "close":
+        import sys
+        sys.stdout.close()
+    if answer == "stuck":
+        time.sleep(1000)
+    return len(answer)
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(the flags of a command, lines) of 4 rows that are scored by SLOW."""
+    rows = [ROW | {"id": i, "prompt": "q" * 100} for i in range(4)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "slow.py").write_text(SLOW)
+    return rows, ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/out.jsonl",
+                  "--judge", f"{tmp_path}/slow.py:score"]
+
+
+def start(flags, **settings):
+    return subprocess.Popen([sys.executable, "score.py", *flags], cwd=ROOT, text=True,
+                            stderr=subprocess.PIPE, **settings)
+
+
+def test_a_judge_that_closes_stdout_does_not_end_scoring(files, tmp_path):
+    rows = [row | {"prompt": "close"} for row in files[0]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = start(files[1], stdout=subprocess.DEVNULL)
+    _, errors = job.communicate()
+    assert job.returncode == 0 and not errors
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_stdout_that_is_gone_does_not_end_scoring(files, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    job = start(files[1], stdout=writer)
+    os.close(writer)
+    _, errors = job.communicate()
+    assert job.returncode == 0 and not errors
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_judge_that_never_returns_is_ended_by_a_signal_at_once(files, number, tmp_path):
+    rows, flags = files
+    rows = rows[:2] + [ROW | {"all_generated_responses": ["stuck"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = start(flags, stdout=subprocess.DEVNULL)
+    partial = tmp_path / "out.jsonl.partial"
+    until = time.monotonic() + 120
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < until and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == (130 if number == signal.SIGINT else -number)
+    assert not errors
+    assert partial.read_bytes().count(b"\n") == 2
+    # What a dead job leaves of its lock keeps nobody out.
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    main(flags)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(files, tmp_path):
+    main(files[1])
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    size = len(whole) // 2 + 20         # in the middle of the third line
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    job = start(files[1], stdout=subprocess.DEVNULL, preexec_fn=limit)
+    _, errors = job.communicate()
+    assert job.returncode == 1 and errors.startswith(f"error: {tmp_path}/out.jsonl.partial: cannot be written")
+    assert errors.count("\n") == 1
+    lines = whole.splitlines(keepends=True)
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == b"".join(lines[:2])
+    main(files[1])
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 @pytest.mark.parametrize("row, message", [
     ("[]", "expected a JSON object"),
     ({"prompt": "q"}, "all_generated_responses; expected a list of strings"),
@@ -312,15 +589,18 @@ def test_a_malformed_line_is_named_before_anything_is_scored(row, message, job):
 
 
 def test_what_a_judge_gets_wrong_is_named(job):
-    with pytest.raises(ValueError, match="in.jsonl:1: judge .*:word gave answer 1 'good'; "
-                                         "expected a number"):
-        job([ROW], "word")
-    with pytest.raises(ValueError, match=r"in.jsonl:1: scores \[\[nan, nan\]\] are not all finite"):
-        job([ROW], "nan")
-    with pytest.raises(RuntimeError, match="judge .*:broken failed on answer 1") as caught:
-        job([ROW], "broken")
-    assert isinstance(caught.value.__cause__, ValueError)
-    assert caught.value.__notes__[0].endswith("in.jsonl:1")
+    for judge, found in (("word", "'good'"), ("nan", "nan"), ("none", "None"), ("yes", "True"),
+                         ("huge", "1000000"), ("endless", "an object of int"),
+                         ("things", "an object of Thing")):
+        with pytest.raises(ValueError, match=f"in.jsonl:1: judge .*:{judge}, answer 1: gave {found}.*; "
+                                             "expected a finite number"):
+            job([ROW], judge)
+    for judge, reason in (("broken", "ValueError: substring"), ("leaves", "SystemExit: 0")):
+        with pytest.raises(RuntimeError, match=f"judge .*:{judge}, answer 1: failed with {reason}") as caught:
+            job([ROW], judge)
+        assert isinstance(caught.value.__cause__, ValueError | SystemExit)
+        assert caught.value.__notes__[0].endswith("in.jsonl:1")
+    assert not job.output.exists()
 
 
 @pytest.mark.parametrize("name, message", [
@@ -332,6 +612,28 @@ def test_a_judge_that_is_not_there_is_named(name, message, tmp_path):
     (tmp_path / "judge.py").write_text(JUDGES)
     with pytest.raises(ValueError, match=message):
         load_judge(name.format(tmp_path))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1\n1 / 0", "failed with ZeroDivisionError: division by zero .*own.py, line 2"),
+    ("def f(:", "failed with SyntaxError: .*line 1"),
+    ("import sys\nsys.exit(0)", "failed with SystemExit: 0 .*own.py, line 2"),
+    ("import no_such_module", "failed with ModuleNotFoundError"),
+    ("x = '\0'", "failed with (ValueError|SyntaxError)"),
+    (b"x = '\xff'", "failed with SyntaxError")])
+def test_a_judge_that_cannot_be_loaded_is_named(text, message, tmp_path):
+    (tmp_path / "own.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"judge = '.*own.py:f': .*own.py cannot be loaded, it {message}"):
+        load_judge(f"{tmp_path}/own.py:f")
+
+
+def test_a_judge_that_is_a_folder_or_has_other_colons_is_named(tmp_path):
+    (tmp_path / "own.py").mkdir()
+    (tmp_path / "a:b.py").write_text("def f(turns, answer): return 1")
+    for name in (f"{tmp_path}/own.py:f", f"{tmp_path}/a:b.py:f:g", f"{tmp_path}/a:b.py", ":", "", "a.py:"):
+        with pytest.raises(ValueError, match="expected a Python file and a function in it"):
+            load_judge(name)
+    assert load_judge(f"{tmp_path}/a:b.py:f")([], "") == 1
 
 
 def test_a_call_needs_a_scorer(capsys):

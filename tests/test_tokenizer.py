@@ -6,6 +6,7 @@ import ast
 import base64
 import datetime
 import io
+import itertools
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tiktoken
 from llama_models.llama3.tokenizer import Tokenizer as Llama3Tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -31,7 +33,8 @@ from tokenizer import (BREAK, CHAT_FORMATS, BytePairTokenizer, SentencePieceToke
 
 WORDS = ["the", "Hello", "don't", "WE'LL", "naïve", "straße", "привет", "γειά", "שלום", "مرحبا", "नमस्ते", "你好世界",
          "こんにちは", "안녕하세요", "👍🏽", "👨‍👩‍👧", "🇫🇷", "e\u0301", "1", "42", "12345678",
-         "3.14", "x_1", "...", "?!", "—", "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>", "https://a.io/?q=1&r=%20",
+         "3.14", "x_1", "...", "?!", "—", "“q”", "def f(x):\n    return x ** 2\n", "<b>a && b</b>",
+         "https://a.io/?q=1&r=%20",
          "{'k': [1, 2]}", "\\n", "\u200b"]
 SPACES = [" ", " ", " ", "", "  ", "     ", "\n", "\n\n", "\n\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000"]
 CONTROL_TEXTS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]",
@@ -874,3 +877,248 @@ def test_tokenizer_py_can_be_copied_alone_and_needs_few_libraries(tmp_path):
     # jinja2 only for folders with a chat template, transformers only to compare with it.
     assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == \
         {"sentencepiece", "tiktoken", "jinja2", "transformers"}
+
+
+# --- patterns and merge tables that tiktoken alone would read otherwise -----------------------------------------------
+
+SPEC = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "post_processor": None, "decoder": None}
+MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+ALPHABET = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def write_bpe(folder, tokens, merges, pattern=None, **changes):
+    """A tokenizer.json of single bytes and `tokens`, and the tokenizers library's reading of it."""
+    byte_level = BYTE_LEVEL
+    if pattern is not None:
+        step = SPLIT | {"pattern": {"Regex": pattern}}
+        byte_level = {"type": "Sequence", "pretokenizers": [step, BYTE_LEVEL | {"use_regex": False}]}
+    vocab = ALPHABET | {token: 256 + i for i, token in enumerate(tokens)}
+    spec = SPEC | {"pre_tokenizer": byte_level, "model": MODEL | {"vocab": vocab, "merges": merges} | changes}
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def assert_same_ids(folder, reference, texts):
+    tokenizer = load_tokenizer(folder)
+    for text in texts:
+        assert tokenizer.encode(text, bos=False, eos=False) == reference.encode(text).ids, text
+
+
+ODD_PATTERNS = [
+    r"\p{L}+", r"\s+", r"\d", "b", "ab?", r"\s+(?!\S)", r"(?=a)b|[a-c]", r"(?<=a)b", r"(?<!a)b+", r"a(?:b|(?!c))",
+    r"[^\s\p{L}]+", r"\p{^L}+", r"\P{L}+", r"(?i:'s|'t|ll)|x", r"a{2}", r"a{2,}|b{1,2}", "a++b?", "(a|b)c", r"\.|\[",
+    "é+",
+    r" ?[\p{Lu}\p{Lt}]?[\p{Ll}\p{M}]+(?i:'s|'re)?|\p{N}{1,3}", r"[\r\n]", r"(?>a+)b", ".", "-"]
+
+
+@pytest.mark.parametrize("pattern", ODD_PATTERNS)
+def test_text_that_a_pattern_leaves_out_is_kept_as_the_tokenizers_library_keeps_it(tmp_path, pattern):
+    tokens = ["ab", "abc", "cc", "aa", "bb", "12", "..", "xx", "'s"]
+    merges = [["a", "b"], ["ab", "c"], ["c", "c"], ["a", "a"], ["b", "b"], ["1", "2"], [".", "."], ["x", "x"], ["'",
+        "s"]]
+    reference = write_bpe(tmp_path, tokens, merges, pattern)
+    rng = random.Random(5)
+    texts = ["".join(rng.choices("aabbccx12. \n-['sSéÉ\u0301ſ", k=rng.randint(1, 12))) for _ in range(300)]
+    assert_same_ids(tmp_path, reference, texts + TEXTS[:50])
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "a*", "", r"\b", "(?=a)", "a|b*", "(?:a?b?){3}", "(?!a)", "^a", "a$",
+    r"\w+", "(?i)a",
+                                     "(?i:ss)", "(?i:fi|x)", "[[:punct:]]+", "[a&&b]", r"(a)\1", "(?x) a", "a{,2}",
+                                     "a{2}+",
+                                     r"\h", r"\R", "*a", "a{3,2}", "a{100000000}", r"\p{Nothing}", "(?<n>a)",
+                                     "(" * 300 + "a" + ")" * 300,
+                                     7, None, ["a"]], ids=str)
+def test_a_pattern_that_is_none_or_matches_nothing_or_is_read_in_two_ways_is_refused(tmp_path, pattern):
+    write_bpe(tmp_path, ["ab"], [["a", "b"]], "b")
+    change_json(tmp_path, lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}))
+    refuse(tmp_path, str(tmp_path / "tokenizer.json"))
+
+
+def test_real_patterns_are_known_to_be_read_alike(tmp_path):
+    o200k = ("[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
+             "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+"
+             "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|"
+             "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+")
+    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+              r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+    for pattern in (o200k, cl100k, tokenizer_module.LLAMA3_PATTERN, tokenizer_module.GPT2_PATTERN,
+                    tokenizer_module.DIGITS_PATTERN, tokenizer_module.LLAMA3_PATTERN.replace("{1,3}", "")):
+        assert_same_ids(tmp_path, write_bpe(tmp_path, ["ab"], [["a", "b"]], pattern), TEXTS[:200])
+
+
+def test_a_tokenizer_that_lost_a_part_of_a_text_says_so(small_bpe):
+    tokenizer = load_tokenizer(small_bpe)
+    tokenizer.length_of[tokenizer.encode("a", bos=False, eos=False)[0]] = 0
+    with pytest.raises(ValueError, match="loses a part of the text 'xa'"):
+        tokenizer.encode("xa", bos=False, eos=False)
+
+
+@pytest.mark.parametrize("text", ["a", ""])
+def test_a_panic_of_tiktoken_is_an_error_that_names_the_text(small_bpe, text, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*args):
+        raise PanicException("StackOverflow")
+    tokenizer = load_tokenizer(small_bpe)
+    monkeypatch.setattr(tokenizer.model, "encode_ordinary", panics)
+    with pytest.raises(ValueError, match=f"text '{text}': .*StackOverflow"):
+        tokenizer.encode_run(text, "text")
+
+
+SHORT = ["".join(letters) for n in range(1, 9) for letters in itertools.product("ab", repeat=n)]
+
+
+def test_a_merge_that_lists_one_way_to_a_token_and_not_tiktokens_is_refused(tmp_path):
+    # "abb": the bytes become ab, b first, as ab comes before bb.
+    tokens, merges = ["ab", "bb", "abb"], [["a", "b"], ["b", "b"], ["a", "bb"]]
+    reference = write_bpe(tmp_path, tokens, merges)
+    assert reference.encode("abb").ids == [256, ALPHABET["b"]]
+    refuse(tmp_path, str(tmp_path / "tokenizer.json"), "('ab', 'b')", "'abb'")
+    for listed in ([["ab", "b"]], [["a", "bb"], ["ab", "b"]], [["ab", "b"], ["a", "bb"]]):
+        assert_same_ids(tmp_path, write_bpe(tmp_path, tokens, [*merges[:2], *listed]), SHORT)
+
+
+def test_a_token_that_no_merge_makes_is_read_where_merges_are_ignored_for_whole_pieces(tmp_path):
+    write_bpe(tmp_path, ["ab", "bab"], [["a", "b"]])
+    refuse(tmp_path, str(tmp_path / "tokenizer.json"))
+    write_bpe(tmp_path, ["ab", "baba"], [["a", "b"]])
+    refuse(tmp_path, str(tmp_path / "tokenizer.json"))
+    assert_same_ids(tmp_path, write_bpe(tmp_path, ["ab", "baba"], [["a", "b"]], ignore_merges=True), SHORT)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_merge_tables_are_read_as_by_the_tokenizers_library_or_refused_where_tiktoken_differs(tmp_path, seed):
+    rng = random.Random(seed)
+    seen = {"equal": 0, "refused": 0}
+    for _ in range(60):
+        tokens, merges = ["a", "b"], []
+        for _ in range(rng.randint(1, 7)):
+            new = rng.choice(tokens) + rng.choice(tokens)
+            if len(new) <= 6 and new not in tokens:
+                ways = [(new[:i], new[i:]) for i in range(1, len(new)) if {new[:i], new[i:]} <= set(tokens)]
+                merges += rng.sample(ways, rng.randint(0, len(ways)))
+                tokens.append(new)
+        reference = write_bpe(tmp_path, tokens[2:], merges, ignore_merges=rng.random() < 0.5)
+        expected = [encoding.ids for encoding in reference.encode_batch(SHORT)]
+        vocab = {**{bytes([b]): i for i, b in enumerate(tokenizer_module._byte_alphabet()[c] for c in ALPHABET)},
+                 **{token.encode(): 256 + i for i, token in enumerate(tokens[2:])}}
+        plain = tiktoken.Encoding("plain", pat_str=r"[\s\S]+", mergeable_ranks=vocab, special_tokens={})
+        same = [plain.encode_ordinary(text) for text in SHORT] == expected
+        try:
+            load_tokenizer(tmp_path)
+        except ValueError:
+            assert not same
+            seen["refused"] += 1
+            continue
+        assert same
+        assert_same_ids(tmp_path, reference, SHORT)
+        seen["equal"] += 1
+    assert min(seen.values()) > 5
+
+
+# --- odd files --------------------------------------------------------------------------------------------------------
+
+NO_JSON = {"empty": b"", "cut": b'{"a": ', "no UTF-8": b'{"a": "\xe9"}', "no object": b"[]",
+           "5,000 digits": b'{"a": ' + b"7" * 5000 + b"}", "nested": b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+           "nested list": b"[" * 990 + b"]" * 990, "a key twice": b'{"vocab_size": 1, "vocab_size": 2}',
+           "half a pair": rb'{"a": "\ud83d"}', "UTF-16": '{"a": 1}'.encode("utf-16")}
+JSON_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "generation_config.json", "config.json"]
+
+
+@pytest.mark.parametrize("content", [*NO_JSON.values(), None], ids=[*NO_JSON, "a directory"])
+@pytest.mark.parametrize("file", JSON_FILES)
+def test_a_json_file_that_is_none_is_an_error_that_names_it(smollm2_copy, file, content):
+    (smollm2_copy / file).unlink(missing_ok=True)
+    (smollm2_copy / file).mkdir() if content is None else (smollm2_copy / file).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_chat(smollm2_copy)
+    assert str(error.value).startswith(f"{smollm2_copy / file}: not ")
+
+
+@pytest.mark.parametrize("file, content", [
+    ("added_tokens.json", {"<a>": True}), ("added_tokens.json", {"<a>": 1e999}), ("added_tokens.json", {"<a>": 1200.5}),
+    ("added_tokens.json", {"<a>": "1200"}), ("added_tokens.json", {"<a>": 10**400}), ("added_tokens.json",
+    {"<a>": 1200, "<b>": 1200}),
+    ("added_tokens.json", {"<a>": 7}), ("added_tokens.json", {"": 1200}),
+    *[("tokenizer_config.json", {"added_tokens_decoder": value}) for value in (
+        [1], "x", {"1200": None}, {"1200": {}}, {"1200": {"content": 7}}, {"1_200": {"content": "<a>"}},
+        {"9" * 5000: {"content": "<a>"}}, {"1200": {"content": "<a>", "special": "false"}},
+        {"1200": {"content": ["<a>"]}},
+        {"1200": {"content": "<a>"}, "01200": {"content": "<b>"}})],
+    *[("tokenizer.json", {"added_tokens": value}) for value in (
+        7, [None], [{}], [{"content": "<a>", "id": True}], [{"content": "<a>", "id": 1200, "special": 1}])],
+    *[("tokenizer.json", {"model": value}) for value in (
+        [], {"type": "BPE", "vocab": [], "merges": []}, {"type": "BPE", "vocab": {}, "merges": []},
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}, {"type": "BPE", "vocab": {"a": 0}, "merges": 7},
+        {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}, {"type": "BPE", "vocab": {"": 0}, "merges": []},
+        {"type": ["BPE"], "vocab": {"a": 0}, "merges": []}, {"type": "BPE", "vocab": {"\n": 0}, "merges": []})],
+    ("tokenizer.json", {"pre_tokenizer": []}), ("tokenizer.json", {"pre_tokenizer": {"pretokenizers": []}}),
+    ("tokenizer.json", {"normalizer": "NFC"}), ("special_tokens_map.json", {"pad_token": 7}),
+    ("tokenizer_config.json", {"bos_token": [1]}), ("generation_config.json", {"eos_token_id": 10**400}),
+    ("generation_config.json", {"eos_token_id": [True]}), ("generation_config.json", {"eos_token_id": ""}),
+    ("generation_config.json", {"eos_token_id": -1}), ("tokenizer_config.json", {"chat_template": [{"name": [],
+    "template": 7}]}),
+], ids=lambda value: repr(value)[:60])
+def test_a_field_of_another_kind_is_an_error_that_names_the_file(small_bpe, file, content):
+    write_settings(small_bpe, PLAIN_TEMPLATE, bos_token=None, eos_token="<|endoftext|>")
+    path = small_bpe / file
+    spec = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(spec | content), encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_chat_format(small_bpe, load_tokenizer(small_bpe))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("eos", [49152, [2, 10**6]])
+def test_a_stop_id_that_the_embedding_lacks_is_refused(smollm2_copy, eos):
+    (smollm2_copy / "config.json").write_text(json.dumps({"vocab_size": 49152}))
+    (smollm2_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=r"generation ends at the id \d+ .*generation_config.json.* 49152 rows"):
+        load_chat(smollm2_copy)
+
+
+def test_the_id_0_ends_generation_too(tokenizers, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert load_chat_format(tmp_path, tokenizers["v1"], "mistral-v1").stop_ids == {0, 2}
+
+
+def test_added_tokens_decoder_may_be_null(smollm2_copy):
+    settings = json.loads((smollm2_copy / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (smollm2_copy / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": None}))
+    assert load_chat(smollm2_copy).encode_response("Hello!")[-1] == 2
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", None], ids=["no UTF-8", "a directory"])
+def test_a_chat_template_that_is_no_text_is_an_error_that_names_it(smollm2_copy, content):
+    file = smollm2_copy / "chat_template.jinja"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=str(file)):
+        load_chat(smollm2_copy)
+
+
+def test_a_template_that_writes_half_a_surrogate_pair_is_refused(tokenizers, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*surrogates not allowed"):
+        template_chat(tmp_path, tokenizers["v1"], r"{{ '\ud83d' }}" + PLAIN_TEMPLATE)
+
+
+@pytest.mark.parametrize("name", [BREAK * 2, f"a{BREAK}", f"a{BREAK}b"])
+def test_a_control_token_that_holds_the_character_that_breaks_names_is_refused(smollm2_copy, name):
+    add_words(smollm2_copy, name)
+    change_json(smollm2_copy, lambda spec: spec["added_tokens"][-1].update(special=True))
+    with pytest.raises(ValueError, match="cannot be told from text"):
+        template_chat(smollm2_copy, None, CHATML_TEMPLATE)
+
+
+def test_a_sentencepiece_model_without_begin_and_end_token_names_none(tmp_path):
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=trained, vocab_size=600, byte_fallback=True, bos_id=-1, eos_id=-1,
+        character_coverage=0.98, minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    with pytest.raises(ValueError, match="no such begin or end token"):
+        load_tokenizer(tmp_path).encode("Hi", bos=True, eos=False)
