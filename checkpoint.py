@@ -96,11 +96,11 @@ def read_run(output):
         return None
     try:
         run = read_json(path)
-    except ValueError as e:
-        raise ValueError(f"{e}; it is damaged. Name a new output folder") from None
-    parts = [run.get(part) for part in ("config", "model", "pairs")]
-    if "job" in run and all(isinstance(part, dict) for part in parts):
-        return run
+        parts = [run.get(part) for part in ("config", "model", "pairs")]
+        if "job" in run and all(isinstance(part, dict) for part in parts):
+            return run
+    except ValueError:
+        pass
     raise ValueError(f"{path}: damaged; expected what a run wrote there when it began. Name a new "
                      "output folder")
 
@@ -187,16 +187,18 @@ def newest_checkpoint(output, last_step):
     none of any kind. Says what it passes over. ValueError if that is all there is. All ranks
     together."""
     whole = from_rank_0(lambda: _whole_checkpoints(output))
+    passed = []
     for step, folder in sorted(whole.items(), reverse=True):
         fault, goes_on = from_rank_0(lambda: _look_at(folder, step == last_step))
         if goes_on:
             fault = damage(folder / "train_state")
         if fault is None:
             return step, folder
-        say(f"resume   passing over {folder}: {fault}")
-    if whole:
-        raise ValueError(f"{output}: none of its checkpoints can be gone on from (see above); to "
-                         "begin anew, name a new output folder")
+        passed.append(f"{folder}: {fault}")
+        say(f"resume   passing over {passed[-1]}")
+    if passed:
+        raise ValueError(f"{'; '.join(passed)}. Nothing is left to go on from; to begin anew, name "
+                         "a new output folder")
     return 0, None
 
 

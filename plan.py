@@ -112,7 +112,7 @@ def read_recipe(path):
     """The fields of a recipe that change the memory; train.py checks the others."""
     try:
         values = tomllib.loads(read_bytes(path).decode())
-    except (ValueError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: cannot be read as a TOML recipe ({e})") from None
     fields = {name: values[name] for name in (*NUMBERS, *SWITCHES) if name in values}
     for name, value in fields.items():

@@ -233,15 +233,17 @@ def test_incomplete_checkpoints_are_passed_over_and_named(data, tmp_path, capsys
     assert not list(cut.glob("*.incomplete"))
 
 
-def test_a_judge_that_raises_at_the_end_does_not_cost_the_model(data, tmp_path, monkeypatch):
+def test_a_judge_that_raises_at_the_end_is_counted_and_costs_nothing(data, tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n')
     (tmp_path / "judge.py").write_text("calls = []\ndef score(turns, answer):\n    calls.append(1)\n"
                                        "    assert len(calls) < 2, 'no more money'\n    return 1\n")
     options = {"max_steps": 2, "judge": f"{tmp_path}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl",
                "max_new_tokens": 4}
-    with pytest.raises(AssertionError, match="no more money"):
-        main(config(data, tmp_path / "out", **options))
-    assert weights(tmp_path / "out", 2)
+    before, after = main(config(data, tmp_path / "out", **options))
+    assert before["eval_judge_score"] == 1 and "eval_judge_failed" not in before and after["eval_judge_failed"] == 1
+    assert "1 answers have no score. The first, answer 1: it failed with AssertionError: no more money" \
+        in capsys.readouterr().out
+    assert weights(tmp_path / "out", 2) and metrics(tmp_path / "out")[-1]["eval_judge_score"] is None
     (tmp_path / "prompts.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="prompts.jsonl: no prompts"):
         main(config(data, tmp_path / "other", **options))
@@ -271,7 +273,7 @@ def test_a_folder_that_is_no_run_is_not_resumed_not_even_by_a_restart(data, tmp_
     main(config(data, tmp_path / "run", max_steps=2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(config(data, tmp_path / "run", max_steps=2))        # the same job: this process
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: 0)       # nobody's: that of a job in the background may be 1
     with pytest.raises(ValueError, match="run is not empty; --resume to go on"):
         main(config(data, tmp_path / "run", max_steps=2))
 
@@ -620,7 +622,7 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_one_error(data, tmp_p
     file = max(state.glob("*.distcp"), key=lambda f: f.stat().st_size)
     file.write_bytes(file.read_bytes()[:1000])
     running = Ranks(2, tmp_path, train.start, flags(data, out, resume=True))
-    assert running.join(60) == [1, 1] and "step-000010/train_state: cannot be read" in one_error(running)
+    assert running.join(60) == [1, 1] and f"{file} is damaged (by SHA256SUMS)" in one_error(running)
 
     wider = json.loads((MODEL / "config.json").read_text()) | {"intermediate_size": 256}
     tensors = {name: w[:256].contiguous() if "gate" in name or "up_proj" in name else w[:, :256].contiguous()
