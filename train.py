@@ -550,6 +550,8 @@ def stop(run):
     saved = int(run.checkpoint.name[5:]) if run.checkpoint else 0
     if step > saved:
         save(run)
+    if run.unlogged:
+        run.log()
     number = signal_of_any_rank(run.noted)
     say(f"stopped  by {Signals(number).name} after step {step}; --resume --output "
         f"{run.output} goes on")
