@@ -169,15 +169,14 @@ def first_to_fail(store):
 
 
 def end_rank(status, world):
-    """Ends this process. One rank of several skips Python's own shutdown. After an error that would
-    wait for ranks that wait for this one. After success it may abort: a thread of gloo's can still
-    hold a tensor then (seen in one of ten runs of two ranks on a busy machine)."""
-    if world > 1:
+    """Ends this process. One rank of several skips Python's own shutdown, and so does any after an
+    error or a signal. That would wait for ranks that wait for this one, or for a judge's thread
+    that hangs. After success of several it may abort: a thread of gloo's can still hold a tensor
+    then (seen in one of ten runs of two ranks on a busy machine)."""
+    if world > 1 or status:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    if status:
-        sys.exit(status)
 
 
 # --- shards ---------------------------------------------------------------------------------------
