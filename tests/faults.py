@@ -102,9 +102,10 @@ def hangs(turns, answer):
             time.sleep(1000)
     return len(answer)
 
+pool = futures.ThreadPoolExecutor()
+
 def hangs_in_a_thread(turns, answer):
-    with futures.ThreadPoolExecutor() as pool:
-        return pool.submit(hangs, turns, answer).result()
+    return pool.submit(hangs, turns, answer).result()
 '''
 
 
@@ -242,7 +243,8 @@ JUDGE_FAULTS = [
     judge("raises_at_last", says="no more money"),
     *[judge(name, says="judge    step 6: ") for name in ("prints", "changes_turns", "changes_folder")],
     judge("closes_stdout", says=""),
-    *[judge(name, "stopped", 2, "stopped  by SIGTERM after step 2", seconds=60) for name in ("hangs", "hangs_in_a_thread")],
+    *[judge(name, "stopped", 2, "stopped  by SIGTERM after step 2", seconds=60)
+      for name in ("hangs", "hangs_in_a_thread")],
 ]
 
 
@@ -371,8 +373,10 @@ def two_jobs(place, world, argv, changes):
 
 
 def into_a_pipe(place, world, argv, changes):
-    """train.py | head -1, in a process of its own."""
+    """train.py | head -1, in processes of its own."""
     command = [sys.executable, ROOT / "train.py", *argv]
+    if world > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
     with open(place / "stderr", "w") as f:
         running = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=f, text=True,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
