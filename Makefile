@@ -17,7 +17,7 @@ test: check                     ## the linter, then every test; ARGS="tests/test
 mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)
 
-faults: .venv/installed-tests   ## 150 faults on one and two ranks; ARGS="SIGTERM judge" picks by words; half an hour on 2 cores
+faults: .venv/installed-tests   ## 180 faults on one and two ranks: is anything lost? ARGS="SIGTERM judge" picks by words; 15 minutes on 2 cores
 	.venv/bin/python tests/faults.py $(ARGS)
 
 soak: .venv/installed           ## 2,000 steps: memory, time, metrics, learning rate; ARGS="--ranks 2"; 3 minutes
