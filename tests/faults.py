@@ -326,7 +326,7 @@ def damaged():
     yield damage("remove config.toml", partial(remove, "config.toml"))
     yield damage("names", name_wrongly, "passing over .*step-latest")
     yield damage("step 4 is called step 5", as_a_later_step, "step-000005: its train_state holds step 4", "error")
-    yield damage("both checkpoints", damage_both, "step-000004: .*step-000002: .*Nothing is left to go on from", "error")
+    yield damage("both checkpoints", damage_both, "step-000004: .*step-000002: .*Nothing is left to go on", "error")
     yield damage("a forged .metadata", forge, "step-000004/train_state/.metadata: cannot be read .* names pathlib",
                  "error")
     between = (at_call, 1, "pathlib.Path.rename", "after", "SIGKILL", 0, "step-000004.replaced.incomplete")
