@@ -328,7 +328,8 @@ def test_margins_in_another_unit(method, tokens, reference, first_step, tmp_path
     for i, side in enumerate(("chosen", "rejected")):
         assert found[f"eval_logps/{side}"] == pytest.approx(logps[i].mean().item(), rel=1e-6)
         assert found[f"eval_logps/{side}"] != pytest.approx(sums[i].mean().item(), rel=0.5)
-        assert found[f"eval_rewards/{side}"] == pytest.approx(rewards[i].mean().item(), rel=1e-6)
+        # DPO's are small differences of sums, of which transformers has fp32's digits only
+        assert found[f"eval_rewards/{side}"] == pytest.approx(rewards[i].mean().item(), rel=1e-5)
     assert found["eval_logps/margins"] == pytest.approx((logps[0] - logps[1]).mean().item(), rel=1e-4)
     assert found["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4)
     beta = 0.01 if method == "dpo" else BETA

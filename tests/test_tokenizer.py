@@ -1117,7 +1117,7 @@ def test_a_control_token_that_holds_the_character_that_breaks_names_is_refused(s
 def test_a_sentencepiece_model_without_begin_and_end_token_names_none(tmp_path):
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=trained, vocab_size=600, byte_fallback=True, bos_id=-1, eos_id=-1,
+        sentence_iterator=iter(TEXTS), model_writer=trained, vocab_size=400, byte_fallback=True, bos_id=-1, eos_id=-1,
         character_coverage=0.98, minloglevel=2)
     (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
     with pytest.raises(ValueError, match="no such begin or end token"):
