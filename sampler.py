@@ -225,10 +225,7 @@ def generate(
 
         # 4. Sequences that have ended leave.
         tokens = tokens.tolist()                            # waits for the GPU
-        if NOT_FINITE in tokens:
-            number = 1 + running[tokens.index(NOT_FINITE)].prompt
-            raise ValueError(f"prompt {number}: the model's logits are not finite; its weights are "
-                             "damaged, or were trained too far")
+        refuse_not_finite(tokens, running)
         ended = end_sequences(cache, running, tokens, stop_ids, max_new_tokens)
         for sequence in ended:
             answers[sequence.prompt][sequence.sample] = sequence.ids
@@ -269,6 +266,14 @@ def run_step(model, cache, running, prompts, samples):
     for sequence in running:
         sequence.length += 1
     return states[predictors]
+
+
+def refuse_not_finite(tokens, running):
+    """ValueError that names the prompt of a running sequence whose logits were not finite."""
+    if NOT_FINITE in tokens:
+        number = 1 + running[tokens.index(NOT_FINITE)].prompt
+        raise ValueError(f"prompt {number}: the model's logits are not finite; its weights are "
+                         "damaged, or were trained too far")
 
 
 def end_sequences(cache, running, tokens, stop_ids, max_new_tokens):

@@ -382,22 +382,32 @@ def evaluate(run, step):
         metrics = metrics_of(results, run.progress["start"])
         say(evaluation_line(step, metrics, len(results)))
     if run.judge:
-        answers, scores, failure = run.judge(run.model, run.noted)
-        judged = judged_metrics(run, answers, scores)
-        metrics |= judged
-        say(judged_line(step, judged, len(scores)))
-        if failure:
-            say(f"judge    {judged['judge_failed']} answers have no score. The first, {failure}")
-        if dist.get_rank() == 0:
-            run.judge.keep(run.output, step, answers, scores)
-            if step == len(run.steps):
-                run.judge.show_change(run.output, answers, scores)
+        metrics |= judge_answers(run, step)
     if metrics:
         line = {"step": step}
         for name, value in metrics.items():
             line[f"eval_{name}"] = value
         run.evaluations.append(line)
         run.log(line)
+
+
+def judge_answers(run, step):
+    """Has sampled answers scored; returns the metrics and prints them. Whatever fails is told, and
+    is no reason to stop."""
+    try:
+        answers, scores, failure = run.judge(run.model, run.noted)
+    except ValueError as e:         # of the sampler: the same on all ranks
+        say(f"judge    step {step}: no answers ({e})")
+        return {}
+    metrics = judged_metrics(run, answers, scores)
+    say(judged_line(step, metrics, len(scores)))
+    if failure:
+        say(f"judge    {metrics['judge_failed']} answers have no score. The first, {failure}")
+    if dist.get_rank() == 0:
+        run.judge.keep(run.output, step, answers, scores)
+        if step == len(run.steps):
+            run.judge.show_change(run.output, answers, scores)
+    return metrics
 
 
 def judged_metrics(run, answers, scores):

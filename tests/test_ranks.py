@@ -252,6 +252,17 @@ def test_a_judge_that_raises_at_the_end_is_counted_and_costs_nothing(data, tmp_p
         main(config(data, tmp_path / "other", **options))
 
 
+def test_answers_that_cannot_be_sampled_end_no_training(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n')
+    options = {"max_steps": 2, "judge": f"{TINY}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl",
+               "max_new_tokens": 4}
+    monkeypatch.setattr("sampler.sample", lambda logits, uniform, **_: logits.fill_(float("nan")).argmax(-1))
+    before, after = main(config(data, tmp_path / "out", **options))
+    assert "judge    step 2: no answers (prompt 1: the model's logits are not finite" in capsys.readouterr().out
+    assert after["eval_loss"] < before["eval_loss"] and "eval_judge_score" not in after
+    assert weights(tmp_path / "out", 2)
+
+
 def test_a_judge_may_come_with_resume(data, tmp_path, capsys):
     options = {"max_steps": 4, "save_every": 2, "max_new_tokens": 4}
     main(config(data, tmp_path / "out", **options))
