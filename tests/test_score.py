@@ -516,8 +516,9 @@ def files(tmp_path):
 
 def start(flags, **settings):
     # What a shell starts in the background is deaf to SIGINT, and so are its children.
+    settings = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | settings
     return subprocess.Popen([sys.executable, "score.py", *flags], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **settings)
+                            **settings)
 
 
 def test_a_judge_that_closes_stdout_does_not_end_scoring(files, tmp_path):
