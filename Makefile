@@ -11,8 +11,8 @@ train: .venv/installed          ## align the embedded tiny model; ARGS="--seed 1
 check: .venv/installed-tests    ## the linter: the rules of ruff.toml
 	.venv/bin/ruff check
 
-test: check                     ## the linter, then every test; ARGS="tests/test_train.py" picks some
-	.venv/bin/python -m pytest $(ARGS)
+test: check                     ## the linter, then every test, in two processes; ARGS="tests/test_train.py" picks some
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)

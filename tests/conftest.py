@@ -2,6 +2,8 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:         # as many processes as cores: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -125,7 +125,7 @@ def neutral(suffix, value):
     ("qwen2", {}, neutral("k_proj.bias", 0)),
     ("qwen3", {}, neutral("q_norm.weight", 1)),
     ("qwen3", {}, neutral("k_norm.weight", 1)),
-], ids=str)
+], ids=lambda value: "edit" if callable(value) else str(value))     # a name holds no address
 def test_every_feature_of_the_golden_checkpoints_shows_in_their_logits(case, fields, edit, tmp_path):
     golden = GOLDEN[case]
     write_checkpoint(tmp_path, golden["config"] | fields, golden["shapes"])
