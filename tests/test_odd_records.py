@@ -356,8 +356,14 @@ def test_the_best_score_is_no_less_than_the_worst_and_both_are_numbers(folder, r
         pairs_command.print_means([pair, pair])
     if not uncertainty:
         _, best, worst = best_against_worst(record, as_it_stands=True)
-        assert record["all_rm_scores"][best] == max(record["all_rm_scores"])
-        assert record["all_rm_scores"][worst] == min(record["all_rm_scores"])
+        scores = list(map(float, record["all_rm_scores"]))
+        assert scores[best] == max(scores) and scores[worst] == min(scores)
+
+
+def test_scores_that_floats_cannot_tell_apart_are_a_tie():
+    record = {"prompt": "q", "all_generated_responses": ["a", "b"], "all_rm_scores": [10**308, 1e308]}
+    with pytest.raises(Dropped, match="all scores equal"):
+        best_against_worst(record)
 
 
 @pytest.mark.parametrize("text", [
