@@ -104,8 +104,7 @@ def best_against_worst(record, as_it_stands=False):
     if len(answers) != len(scores) or len(answers) < 2:
         raise ValueError(f"{len(answers)} responses and {len(scores)} scores; expected as many of "
                          "both, 2 or more")
-    # Whole numbers of more than 16 digits may differ where floats, which all others compute with, do
-    # not.
+    # As floats, which is what scores are elsewhere: larger whole numbers may differ by less.
     scores = [float(score) for score in scores]
     best = max(scores)
     worst = min(scores)
