@@ -22,8 +22,8 @@ from distributed import join_ranks
 from model import load_model
 from small import random_pairs, sequence_logp, small_model
 from tokenizer import load_chat
-from train import (CHOSEN_REWARD, LOSS, REJECTED_REWARD, TrainConfig, learning_rate, main, make_optimizer, pair_loss,
-                   parse_config, reference_logps, resolve_config, run_row, train_step)
+from train import (CHOSEN_LOGP, CHOSEN_REWARD, LOSS, REJECTED_LOGP, REJECTED_REWARD, TrainConfig, learning_rate, main,
+                   make_optimizer, pair_loss, parse_config, reference_logps, resolve_config, run_row, train_step)
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
@@ -112,6 +112,27 @@ def test_scoring_without_gradient_gives_the_same_numbers_and_touches_nothing(tmp
     for pair, (_, _, _, chosen, rejected) in zip(row.pairs, scores.tolist()):
         assert chosen == pytest.approx(sequence_logp(model, pair.prompt, pair.chosen).mean().item(), abs=1e-12)
         assert rejected == pytest.approx(sequence_logp(model, pair.prompt, pair.rejected).mean().item(), abs=1e-12)
+
+
+def test_pairs_are_scored_in_their_order_as_many_at_a_time_as_a_step_takes(tmp_path, one_rank):
+    model, pairs = small_model(tmp_path), random_pairs(LENGTHS)
+    at_once = train.score_pairs(model, pairs, config_of(pairs_per_step=100))
+    for n in (1, 2, 4, 5):
+        assert torch.allclose(train.score_pairs(model, pairs, config_of(pairs_per_step=n)), at_once, rtol=1e-12, atol=0)
+    assert at_once.shape == (len(pairs), 5)
+
+
+@pytest.mark.parametrize("column", [CHOSEN_LOGP, REJECTED_LOGP])
+def test_a_reference_that_is_not_finite_is_refused_by_the_name_of_its_pair(column, tmp_path, monkeypatch, one_rank):
+    whole = train.run_rows
+
+    def run_rows(*args, **options):
+        results = whole(*args, **options)
+        results[2, column] = math.nan
+        return results
+    monkeypatch.setattr(train, "run_rows", run_rows)
+    with pytest.raises(ValueError, match=r"^pairs.jsonl:3: its log-probs under the starting model"):
+        reference_logps(small_model(tmp_path), random_pairs(LENGTHS), config_of(method="dpo"))
 
 
 def test_no_tensor_holds_the_logits_of_more_than_one_pair(tmp_path):
