@@ -42,8 +42,7 @@ TARGETS = {
     "alphapo.py": ("test_alphapo.py", "not copied_alone", None, None),
     "data/preference.py": ("test_preference.py", "not many_workers", None, "# --- a cache"),
     "model.py": (
-        # 0x: a name with an address in it is another one in each process.
-        "test_model.py", "not cpu and not blocked and not error and not 0x and (golden_values or equal_transformers or "
+        "test_model.py", "not cpu and not blocked and not error and (golden_values or equal_transformers or "
         "packing or recompute or bf16 or attention or logps or logits or blocks or head or retained or any_size or "
         "both_spellings)", None, "# --- Hugging Face"),
     "train.py": (
