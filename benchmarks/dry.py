@@ -124,6 +124,8 @@ def stand_in_for_cuda():
 
     # FakeTensor asks for the numbers one by one; a GPU copies all at once, and the host waits.
     FakeTensor.tolist = _tolist
+    # A mode is left while it handles Tensor.backward; recomputation needs it (Functions).
+    torch.autograd._engine_run_backward = _inside_functions(torch.autograd._engine_run_backward)
     # FSDP and checkpoint free and fill the storages of gathered weights by this.
     torch.UntypedStorage.resize_ = _resize
     # DTensor finds out shapes by running each op once more, on tensors of the whole shape: no GPU
@@ -170,6 +172,15 @@ def _unseen(function):
             return function(*args)
         with Recorder.active.paused():
             return function(*args)
+    return call
+
+
+def _inside_functions(function):
+    def call(*args, **kwargs):
+        if Recorder.active is None:
+            return function(*args, **kwargs)
+        with Functions():
+            return function(*args, **kwargs)
     return call
 
 
@@ -332,8 +343,8 @@ class Recorder(TorchDispatchMode):
         self.attention = self.seen.attention
         self.attention_as = None
         self.peak = self.alive
-        self.at_peak = Counter()
         self.phase_peaks = Counter()
+        self.at_peak = {}           # of each phase, what was alive at its peak: {what: bytes}
 
     def __enter__(self):
         Recorder.active = self
@@ -469,12 +480,15 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes()
         self.alive += size - self.sizes[key]
         self.sizes[key] = size
-        self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], self.alive)
-        if self.alive > 1.002 * self.peak or not self.at_peak:
-            self.at_peak = Counter()
-            for k, name in self.names.items():
-                self.at_peak[f"{self.phase}: {name}"] += self.sizes[k]
         self.peak = max(self.peak, self.alive)
+        before = self.phase_peaks[self.phase]
+        self.phase_peaks[self.phase] = max(before, self.alive)
+        # What is alive is listed at every new peak that is 0.1 % above the last one listed.
+        listed = self.at_peak.get(self.phase)
+        if listed is None or self.alive > 1.001 * listed.total():
+            self.at_peak[self.phase] = Counter()
+            for k, name in self.names.items():
+                self.at_peak[self.phase][name] += self.sizes[k]
 
 
 def _operands(func, args, kwargs, out):
