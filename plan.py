@@ -80,14 +80,20 @@ def kept_for_windows(c, args):
     return layers * (masks + repeated)
 
 
-def memory(args, gpus):
-    """{what: bytes} that each of `gpus` GPUs holds, by the names above."""
-    # 1. The sizes of the model, which takes no memory itself.
-    c = read_config(args.model)
-    with torch.device("meta"):
+def count_weights(c):
+    """Weights of the model and of one block."""
+    with torch.device("meta"):                  # takes no memory itself
         model = Transformer(c)
     n = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
+    return n, block
+
+
+def memory(c, args, gpus):
+    """{what: bytes} that each of `gpus` GPUs holds, by the names above, of a model with ModelConfig
+    c and train.py's fields in `args`."""
+    # 1. The sizes of the model.
+    n, block = count_weights(c)
     root = n - c.n_layers * block               # embedding, last norm and head
     head = c.vocab_size * c.dim
     tokens = args.tokens_per_micro_batch
@@ -133,16 +139,13 @@ def memory(args, gpus):
 def plan(args):
     """Prints what each GPU would hold at its fullest."""
     c = read_config(args.model)
-    with torch.device("meta"):
-        model = Transformer(c)
-    n = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    n, block = count_weights(c)
     tokens = args.tokens_per_micro_batch
     recomputing = "with" if args.recompute else "without"
     print(f"{args.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; "
           f"rows of {tokens} tokens, {recomputing} recomputation; GB a GPU:")
     for i, gpus in enumerate(args.gpus):
-        parts = memory(args, gpus)
+        parts = memory(c, args, gpus)
         if i == 0:
             titles = "".join(f"{name:>13}" for name in parts)
             print(f"{'GPUs':>6}{titles}{'in all':>10}   a step")

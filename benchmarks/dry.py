@@ -24,7 +24,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 import weakref
@@ -37,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
@@ -46,8 +46,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distributed
+import plan
+import score
 import train
 from benchmarks.step import useful_flops
+from benchmarks.workers import machine
+from command import run_command
+from data.files import check_output, write_whole
 from data.preference import PreferencePair
 from model import Transformer, read_config
 from sampler import generate
@@ -100,7 +105,7 @@ class Backend(Nothing):
     device = stream
 
     def get_rng_state(self, *_):
-        Recorder.active.wait("state of the random generator")
+        Recorder.active.seen.rng_reads += 1
         return torch.empty(16, dtype=torch.uint8)
 
 
@@ -132,6 +137,8 @@ def stand_in_for_cuda():
     # sees those.
     ShardingPropagator._propagate_tensor_meta_non_cached = _unseen(
         ShardingPropagator._propagate_tensor_meta_non_cached)
+    # shard_model pins the host's pages if the device is called "cuda".
+    distributed.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=True)
     # The mesh is made of real numbers, of the CPU.
     distributed.device_mesh = _without_fakes(distributed.device_mesh)
     # CUDA has a kernel of its own for these, where a device without one runs their formulas. It is
@@ -196,13 +203,14 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "dry":
-            return to_gpu(func(*args, **kwargs | {"device": "cpu"}), args[0])
+        if func is torch.tensor:
+            device = kwargs.pop("device", None)
+            return from_list(func(*args, **kwargs), args[0], device)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and on_gpu(args[0]):
             # An index that is a list becomes a tensor on the host, then travels.
             if isinstance(args[1], list):
-                index = to_gpu(torch.tensor(args[1], dtype=torch.long), args[1])
-                args = (args[0], index, *args[2:])
+                index = torch.tensor(args[1], dtype=torch.long)
+                args = (args[0], from_list(index, args[1], GPU.device), *args[2:])
         elif func is torch.Tensor.is_cuda.__get__ and on_gpu(args[0]):
             return True
         elif func is torch.Tensor.pin_memory:
@@ -212,11 +220,13 @@ class Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def to_gpu(t, numbers):
-    """A tensor of the host on the device, which remembers the numbers it was made of."""
-    copy = t.to(GPU.device)
-    copy.numbers = numbers
-    return copy
+def from_list(t, numbers, device):
+    """What torch.tensor makes, which remembers the numbers it is made of. It is made on the host:
+    PyTorch would make it on a device that is not there."""
+    if isinstance(t, FakeTensor):
+        t.constant = None               # else ops on it are computed for real
+        t.numbers = numbers
+    return t if device is None else t.to(device)
 
 
 def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
@@ -270,8 +280,9 @@ MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm", 
 WRITES_ONLY = {"copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "full_like"}
 PICKS = {"index", "gather", "embedding", "index_select"}            # read what they return
 SCATTERS = {"index_put_", "scatter_add_", "index_add_", "scatter_"}     # touch a part of self
-SUMS = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum", "_softmax",
-        "logsumexp", "embedding_dense_backward"}
+# Sums over many numbers, and functions whose rounding shows: fp32 at least.
+EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum", "_softmax",
+        "logsumexp", "cos", "sin", "exp", "exp_", "log"}
 GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
 REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
 LAUNCHES = {"select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}     # a fill, a copy
@@ -312,13 +323,15 @@ class Seen:
     op_bytes: Counter = field(default_factory=Counter)      # name -> the same
     seconds: Counter = field(default_factory=Counter)       # kind -> seconds, predicted
     products: Counter = field(default_factory=Counter)      # dtypes of matmuls' operands
-    sums: Counter = field(default_factory=Counter)          # (op, dtype that it returns)
-    wide: Counter = field(default_factory=Counter)          # ops with float64 of size
+    exact: Counter = field(default_factory=Counter)         # (op of EXACT, dtype that it returns)
+    optimiser: Counter = field(default_factory=Counter)     # dtypes of what AdamW reads and writes
+    wide: Counter = field(default_factory=Counter)          # ops with float64 -> most elements
     attention: Counter = field(default_factory=Counter)     # the kernel that attention takes
     waits: Counter = field(default_factory=Counter)         # what the host waits for
     copies: Counter = field(default_factory=Counter)        # (direction, blocking) -> copies
     copied: Counter = field(default_factory=Counter)        # direction -> bytes
     collectives: list = field(default_factory=list)
+    rng_reads: int = 0          # of the state of the random generator: time of the host
 
 
 class Recorder(TorchDispatchMode):
@@ -343,6 +356,7 @@ class Recorder(TorchDispatchMode):
         self.attention = self.seen.attention
         self.attention_as = None
         self.peak = self.alive
+        self.at_start = self.alive
         self.phase_peaks = Counter()
         self.at_peak = {}           # of each phase, what was alive at its peak: {what: bytes}
 
@@ -400,8 +414,9 @@ class Recorder(TorchDispatchMode):
             self.made(t, name)
         if name in HOST_OPS or func.is_view:
             return out
-        self.seen.wide.update(
-            name for t in tensors if t.dtype == torch.float64 and t.numel() > WIDE)
+        for t in tensors:
+            if t.dtype == torch.float64 and t.numel() > WIDE:
+                self.seen.wide[name] = max(self.seen.wide[name], t.numel())
         self.count(func, name, args, kwargs, read, written)
         if name in ("_to_copy", "copy_", "clone"):
             for t in read:
@@ -430,6 +445,7 @@ class Recorder(TorchDispatchMode):
             return
 
         # 3. Kernels.
+        tensors = read + written
         kernel = Kernel(name, "element by element", bytes=_traffic(name, read, written))
         if name in MATMULS:
             kernel.kind = "matmul"
@@ -448,8 +464,10 @@ class Recorder(TorchDispatchMode):
         elif name.startswith(("_foreach", "_fused_adam")):
             elements = sum(t.numel() for t in {id(t): t for t in written}.values())
             kernel.launches = max(1, math.ceil(elements / CHUNK / 320))
-        if name in SUMS:
-            self.seen.sums.update((name, _short(t.dtype)) for t in written)
+            if name == "_fused_adamw_":
+                self.seen.optimiser.update(_short(t.dtype) for t in tensors if on_gpu(t))
+        if name in EXACT:
+            self.seen.exact.update((name, _short(t.dtype)) for t in written)
         self.seen.kernels[kernel.kind] += kernel.launches
         self.seen.ops[name] += kernel.launches
         self.seen.flops[kernel.kind] += kernel.flops
@@ -657,6 +675,16 @@ def model_on_gpu(c, config, recorder):
     return model
 
 
+def in_bf16(build, recorder):
+    """A whole model with bf16 weights on the device, as for sampling and scoring."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with recorder.device:
+            return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def noting_phases(recorder, model):
     """Notes which part of a step is at work, so that each has a peak of its own."""
     def enter(phase, function, then=None):
@@ -688,8 +716,203 @@ def dry_step(c, config, pairs, gpus, node=GPUS_OF_A_NODE, steps=1):
             for _ in range(steps):
                 recorder.restart()
                 outcome = train.train_step(model, optimizer, pairs, 1e-6, config)
-            recorder.outcome = outcome
-            recorder.state_dtypes = {
-                _short(s.dtype) for state in optimizer.state.values() for s in state.values()}
-            recorder.weight_dtypes = {_short(p.dtype) for p in model.parameters()}
+        recorder.rows = len(outcome.rows) // gpus
+        recorder.left = recorder.alive - recorder.at_start
     return recorder
+
+
+def dry_score(c, config, pairs, gpus):
+    """The Recorder of train.score_pairs on these pairs: an evaluation, or DPO's reference."""
+    join_fake_ranks(gpus)
+    with recording() as recorder:
+        model = model_on_gpu(c, config, recorder)
+        recorder.restart()
+        train.score_pairs(model, pairs, config)
+        recorder.left = recorder.alive - recorder.at_start
+    return recorder
+
+
+def dry_rewards(c, prompt, answers):
+    """The Recorder of a reward model in bf16 that scores answers of these lengths."""
+    join_fake_ranks(1)
+    with recording() as recorder:
+        model = in_bf16(lambda: score.ScalarReward(c, {}), recorder)
+        model.score.weight.data = model.score.weight.data.float()
+        recorder.restart()
+        score.rewards(model, [1] * prompt, [[1] * n for n in answers])
+    return recorder
+
+
+def dry_sample(c, batch, prompt=1000, new_tokens=4, **settings):
+    """The Recorder of sampling `batch` answers to prompts of as many tokens, in bf16. `prefill` is
+    what was Seen in the first step, `seen` that of the last, which decodes alone."""
+    join_fake_ranks(1)
+    with recording(yes=False) as recorder:
+        model = in_bf16(lambda: Transformer(c), recorder)
+        recorder.restart()
+        steps = []
+
+        def note(*_):
+            steps.append(recorder.seen)
+            recorder.restart()
+
+        generate(
+            model, [[1] * prompt] * batch, seeds=[(0, i) for i in range(batch)], stop_ids={7},
+            max_new_tokens=new_tokens, batch_size=batch, progress=note, **settings)
+        recorder.prefill = steps[0]
+        recorder.seen = steps[-1]
+    return recorder
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
+    """{part: seconds} of what was Seen on one of `gpus`. In all: what the GPU takes, or what the
+    host takes to launch, whichever is longer, and the collectives that nothing hides."""
+    parts = dict(seen.seconds)
+    rate = NODE_RATE if gpus <= node else NETWORK_RATE
+    # Before the first block nothing hides the gathering of the root, nor behind the last one its
+    # reduction. These are the largest of their kind. The others hide, as far as there is room.
+    exposed = 0
+    total = 0
+    for kind in (GATHERS, REDUCTIONS):
+        sizes = [c.bytes for c in seen.collectives if c.name in kind and c.ranks > 1]
+        largest = max(sizes, default=0)
+        exposed += largest * sizes.count(largest) / rate
+        total += sum(sizes) / rate
+    busy = sum(parts.values())
+    parts["collectives, exposed"] = max(exposed, total - busy)
+    launching = LAUNCH * sum(seen.kernels.values())
+    parts["in all"] = max(busy, launching) + parts["collectives, exposed"]
+    return parts
+
+
+def summary(recorder, gpus):
+    """The dry run as numbers for JSON."""
+    seen = recorder.seen
+    gathered = sum(c.bytes for c in seen.collectives if c.name in GATHERS)
+    reduced = sum(c.bytes for c in seen.collectives if c.name in REDUCTIONS)
+    return {
+        "kernels": dict(seen.kernels),
+        "tflop": {kind: flops / 1e12 for kind, flops in seen.flops.items() if flops},
+        "gb_read_and_written": {kind: size / 1e9 for kind, size in seen.bytes.items()},
+        "attention": dict(seen.attention),
+        "waits": dict(seen.waits),
+        "copies": {", ".join(key): n for key, n in seen.copies.items()},
+        "gb_gathered": gathered / 1e9,
+        "gb_reduced": reduced / 1e9,
+        "seconds": predicted_seconds(seen, gpus),
+        "peak_gb": recorder.peak / 1e9,
+        "phases_gb": {phase: size / 1e9 for phase, size in recorder.phase_peaks.items()},
+    }
+
+
+def show(recorder, gpus, useful=0, ops=12):
+    """Prints a dry run."""
+    seen = recorder.seen
+    parts = predicted_seconds(seen, gpus)
+    print(f"{'kernels':32}{'number':>8}{'TFLOP':>10}{'GB':>10}{'seconds':>10}")
+    for kind, n in seen.kernels.most_common():
+        print(f"{kind:32}{n:>8}{seen.flops[kind] / 1e12:>10.1f}{seen.bytes[kind] / 1e9:>10.1f}"
+              f"{parts[kind]:>10.4f}")
+    for name, size in seen.op_bytes.most_common(ops):
+        print(f"    {name:28}{seen.ops[name]:>8}{'':10}{size / 1e9:>10.1f}")
+    sizes = Counter()
+    numbers = Counter()
+    for c in seen.collectives:
+        sizes[c.name, c.dtype] += c.bytes
+        numbers[c.name, c.dtype] += 1
+    for key, size in sizes.items():
+        print(f"{' '.join(key):32}{numbers[key]:>8}{'':10}{size / 1e9:>10.1f}")
+    print(f"attention by {dict(seen.attention)}; waits {dict(seen.waits)}; copies "
+          f"{ {', '.join(key): n for key, n in seen.copies.items()} }")
+    print(f"predicted {parts['in all']:.4f} s, of it {parts['collectives, exposed']:.4f} s of "
+          f"collectives that nothing hides; MFU {useful / parts['in all'] / PEAK:.1%}")
+    phases = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in recorder.phase_peaks.items())
+    print(f"peak {recorder.peak / 1e9:.2f} GB a GPU: {phases}")
+
+
+# --- plan.py, checked -----------------------------------------------------------------------------
+
+CHECKED = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B", "Qwen2.5-7B", "Qwen3-8B")
+KNOBS = (
+    {}, {"recompute": True}, {"sync_every_micro_batch": True},
+    {"recompute": True, "sync_every_micro_batch": True}, {"cpu_offload": True, "recompute": True})
+LONGEST = (96, 1952, 1952)      # of 2,048 tokens with either response; two fill a row
+
+
+def check_plan(model, gpus, knobs, layers=None, lengths=LONGEST, **sizes):
+    """(bytes a GPU by plan.py, bytes at the peak of a dry step, the Recorder)"""
+    node = GPUS_OF_A_NODE
+    config = train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16",
+        **{"pairs_per_step": 4 * gpus if gpus <= node else 2 * gpus} | knobs | sizes))
+    pairs = pairs_of([lengths] * config.pairs_per_step)
+    recorder = dry_step(config_of(model, layers), config, pairs, gpus)
+    args = argparse.Namespace(**{
+        name: getattr(config, name) for name in (*plan.NUMBERS, *plan.SWITCHES)})
+    parts = plan.memory(config_of(model, layers), args, gpus)
+    return max(parts[phase] for phase in plan.PHASES), recorder.peak, recorder
+
+
+def check_all():
+    """A row for each model, number of GPUs and knobs, at full depth. For benchmarks/dry.json."""
+    rows = []
+    for model in CHECKED:
+        for gpus in (8, 64):
+            for knobs in KNOBS:
+                planned, peak, recorder = check_plan(model, gpus, knobs)
+                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs),
+                             "plan_gb": planned / 1e9} | summary(recorder, gpus))
+                print(f"{model:14}{gpus:>4} GPUs  {planned / 1e9:6.1f} GB by plan.py, "
+                      f"{peak / 1e9:6.1f} in the dry run: {planned / peak:.3f}  "
+                      f"{' '.join(knobs)}", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A step on GPUs, op by op, without any.")
+    parser.add_argument("--model", default="Llama-3-8B", help=f"folder, or {', '.join(SHAPES)}")
+    parser.add_argument("--layers", type=int, help="fewer than the model has (of SHAPES)")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a row")
+    parser.add_argument("--pairs", type=int, default=128, help="a step")
+    parser.add_argument("--lengths", type=int, nargs=3, default=[200, 412, 412],
+                        help="of prompt, chosen and rejected")
+    parser.add_argument("--method", default="alphapo")
+    for name in plan.SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--decode", type=int, metavar="BATCH", help="sampling instead of training")
+    parser.add_argument("--check", action="store_true", help="plan.py on five models; an hour")
+    parser.add_argument("--output", help="JSON file")
+    args = parser.parse_args()
+    if args.output:
+        check_output(args.output)
+    began = time.perf_counter()
+    if args.check:
+        results = {"rows": check_all()}
+    elif args.decode:
+        recorder = dry_sample(config_of(args.model, args.layers), args.decode)
+        show(recorder, 1)
+        seconds = predicted_seconds(recorder.seen, 1)["in all"]
+        print(f"{args.decode / seconds:.0f} tokens/s predicted")
+        results = summary(recorder, 1)
+    else:
+        knobs = {name: getattr(args, name) for name in plan.SWITCHES}
+        config = train.resolve_config(train.TrainConfig(
+            model="-", data=["-"], compute_dtype="bfloat16", method=args.method,
+            tokens_per_micro_batch=args.tokens, pairs_per_step=args.pairs, **knobs))
+        c = config_of(args.model, args.layers)
+        lengths = [tuple(args.lengths)] * args.pairs
+        recorder = dry_step(c, config, pairs_of(lengths, (-1.0, -1.0)), args.gpus)
+        useful = useful_flops(c, lengths) / args.gpus
+        show(recorder, args.gpus, useful)
+        results = summary(recorder, args.gpus)
+    print(f"{time.perf_counter() - began:.0f} s")
+    if args.output:
+        results = machine() | {"arguments": vars(args)} | results
+        write_whole(args.output, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
