@@ -17,6 +17,8 @@ loaded, so the model's folder may hold config.json alone. A line for each number
     step            ... while AdamW works
     in all          the largest of these four
 
+Then a sentence says what each knob that is not set would save.
+
 DPO takes no more: its reference is two numbers a pair, computed before the first step. The counts
 are within 10 % of a dry run of the step (benchmarks/dry.py); on top come the workspaces of kernels,
 what the allocator loses, and NCCL, some 2 to 4 GB as a rule of thumb.
@@ -36,6 +38,8 @@ from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 # The fields of train.py's TrainConfig that change the memory, with its defaults (a test compares).
 NUMBERS = {"tokens_per_micro_batch": 8192, "max_length": 2048, "pairs_per_step": 128}
 SWITCHES = ("recompute", "sync_every_micro_batch", "shard_within_node", "cpu_offload")
+
+SAVERS = ("recompute", "sync_every_micro_batch", "cpu_offload")
 
 BF16, FP32 = 2, 4       # bytes
 GPUS_OF_A_NODE = 8
@@ -150,11 +154,32 @@ def plan(args):
             titles = "".join(f"{name:>13}" for name in parts)
             print(f"{'GPUs':>6}{titles}{'in all':>10}   a step")
         sizes = "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
-        total = max(parts[name] for name in PHASES)
+        total = in_all(parts)
         mean_length = gpus * tokens / args.pairs_per_step
         print(f"{gpus:>6}{sizes}{total / 1e9:>10.1f}   "
               f"{args.pairs_per_step} pairs, {args.pairs_per_step / gpus:g} a GPU; one row each, "
               f"and nothing waiting, up to {mean_length:.0f} tokens a pair")
+    print(savings(c, args, args.gpus[0]))
+
+
+def savings(c, args, gpus):
+    """What each knob that is not set would save on so many GPUs, as a sentence."""
+    now = in_all(memory(c, args, gpus))
+    changes = {f"--{name}": {name: True} for name in SAVERS if not getattr(args, name)}
+    half = args.tokens_per_micro_batch // 2
+    if half >= 2 * args.max_length:         # a pair has to fit
+        changes[f"--tokens_per_micro_batch {half}"] = {"tokens_per_micro_batch": half}
+    parts = []
+    for flag, change in changes.items():
+        changed = argparse.Namespace(**vars(args) | change)
+        parts.append(f"{flag} {(now - in_all(memory(c, changed, gpus))) / 1e9:.1f}")
+    if not parts:
+        return "No knob is left that saves memory, but more GPUs."
+    return f"On {gpus} GPUs would save, each alone, in GB: {', '.join(parts)}."
+
+
+def in_all(parts):
+    return max(parts[name] for name in PHASES)
 
 
 def parse_args(argv):
