@@ -26,6 +26,7 @@ RECOMPUTED = 32             # its forward pass once more
 NORMS = 6                   # those of queries and keys, or the sums of biases' gradients
 CHUNK = 36                  # of the vocabulary, a pair, forward and backward
 LOSS = 84                   # of a pair, with its averages, forward and backward
+PEAK = 13.8                 # GB that step() holds at its peak
 GIGABYTES = 143             # that step() reads and writes element by element, FSDP's copies included
 
 
@@ -205,6 +206,7 @@ def attention_is_fused():
 
 def a_step_holds_what_the_plan_says_and_leaves_nothing():
     right_memory(step())
+    assert step().peak / 1e9 <= PEAK, f"{step().peak / 1e9:.2f} GB at the peak"
 
 
 def attention_takes_no_kernel_of_cudnn_which_plans_for_every_length():
