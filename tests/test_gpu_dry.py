@@ -391,7 +391,7 @@ KNOWN = {
 @functools.cache
 def outcomes(part):
     """{name of a check: None, or how it failed}, of a process that ran the part."""
-    ran = subprocess.run([sys.executable, __file__, part], capture_output=True, text=True, timeout=120, cwd=ROOT,
+    ran = subprocess.run([sys.executable, __file__, part], capture_output=True, text=True, timeout=600, cwd=ROOT,
                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == len(PARTS[part]), ran.stdout + ran.stderr
