@@ -405,7 +405,7 @@ def cases():
             yield pytest.param(part, check.__name__, id=check.__name__, marks=marks)
 
 
-@pytest.mark.parametrize("part, check", cases())
+@pytest.mark.parametrize("part, check", list(cases()))
 def test_on_a_gpu(part, check):
     error = outcomes(part)[check]
     assert error is None, error
