@@ -64,7 +64,7 @@ def scoring(model="Llama-3-8B"):
     config = train.resolve_config(train.TrainConfig(model="-", data=["-"], compute_dtype="bfloat16",
                                                     tokens_per_micro_batch=TOKENS))
     pairs = 8 * ROWS * PAIRS_A_ROW
-    c = dry.config_of(model, LAYERS)
+    c = dry.config_of(model, 8)         # enough that what they would keep is more than the root
     recorder = dry.dry_score(c, config, dry.pairs_of([PAIR] * pairs), 8)
     recorder.c = c
     return recorder
@@ -297,19 +297,20 @@ def scoring_pairs_keeps_nothing_and_forgets_the_gathered_weights():
     right_attention(r)
     n, block, root = sizes(r.c)
     gathers = [c for c in r.seen.collectives if c.name == "_allgather_base_"]
-    assert len(gathers) == (1 + LAYERS) * ROWS - (ROWS - 1), len(gathers)       # the root once
+    assert len(gathers) == 1 + 8 * ROWS, len(gathers)       # the root once
     assert {c.dtype for c in gathers} == {"bfloat16"}
     copies = r.seen.copies["to the device", "blocking"]
     assert not r.seen.waits and copies == r.seen.copies.total() <= 5 * ROWS, (r.seen.waits, r.seen.copies)
     assert abs(r.left) < 1e6, f"{r.left / 1e6:.1f} MB left"
-    logits = 6 * 2**26
-    assert r.peak - r.at_start < 2 * (2 * root + 2 * block) + logits + 2 * TOKENS * 8 * 14336
+    held = r.peak - r.at_start          # the root in FSDP's buffer and in place, and a block or two
+    assert held < 1.01 * 2 * (2 * root + 2 * block), f"{held / 1e9:.2f} GB"
 
 
 def a_reward_model_waits_for_nothing_and_has_its_head_in_fp32():
     r = rewarding()
     assert r.seen.products["bfloat16"] == 14 * LAYERS and r.seen.products["float32"] == 2, dict(r.seen.products)
     right_attention(r)
+    assert not r.seen.wide, dict(r.seen.wide)
     assert not r.seen.waits and sum(r.seen.copies.values()) <= 3, (dict(r.seen.waits), dict(r.seen.copies))
     assert sum(r.seen.kernels.values()) <= 60 * LAYERS, r.seen.kernels
 
@@ -328,7 +329,7 @@ def decoding_is_in_bf16_with_small_float64_and_few_kernels():
     assert max(r.seen.wide.values(), default=0) <= 16 * 256, dict(r.seen.wide)      # not of the vocabulary
     assert r.seen.kernels["matmul"] == 7 * LAYERS + 1
     assert r.seen.kernels["attention"] <= LAYERS
-    assert r.seen.kernels["element by element"] <= 30 * LAYERS + 40, dict(r.seen.ops)
+    assert r.seen.kernels["element by element"] <= 30 * LAYERS + 34, dict(r.seen.ops)
     # A token reads the weights once, and the keys and values that are there.
     c = r.c
     _, block, _ = sizes(c)
