@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import cpu
+import gpu
 from command import end_with_parent, open_streams
 from model import load_model
 
@@ -197,6 +198,8 @@ def load_sharded(config, device):
     model.recompute = config.recompute
     if device.type == "cpu":
         cpu.speed_up(model)
+    else:
+        gpu.speed_up(model, getattr(torch, config.compute_dtype))
     return model
 
 

@@ -18,7 +18,8 @@ A row is one plain (T,) sequence of tokens, several texts end to end, without pa
 but attention looks at one token at a time. So who sees whom is decided by a function that a caller
 hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which picks the
 tokens that may see each other. That calls causal_attention, which applies the causal order and the
-sliding window. Where a token stands in its text is said by `positions`.
+sliding window. Where a token stands in its text is said by `positions`. On GPUs and CPUs, gpu.py
+and cpu.py put faster kernels in the place of these two.
 """
 import json
 import math
@@ -94,10 +95,8 @@ class Transformer(nn.Module):
 
         For checks, and for projects that copy this file; training never makes all logits.
         """
-        def attend(layer, q, k, v):
-            return self.causal_attention(q, k, v)
-
         positions = torch.arange(len(tokens), device=tokens.device)
+        attend = self.attend_pairs([(len(tokens),)])        # a prompt without responses
         return self.states(tokens, positions, attend) @ self.head_weight.T
 
     def response_logps(self, tokens, lengths):
@@ -113,11 +112,15 @@ class Transformer(nn.Module):
 
         (T,) -> (N, dim) and (N,)
         """
+        positions, predictors, targets = pair_layout(lengths, tokens.device)
+        attend = self.attend_pairs(lengths)
+        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+
+    def attend_pairs(self, lengths):
+        """attend(layer, q, k, v) for a row of pairs. `lengths` as of pair_attention."""
         def attend(layer, q, k, v):
             return pair_attention(q, k, v, lengths, self.causal_attention)
-
-        positions, predictors, targets = pair_layout(lengths, tokens.device)
-        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+        return attend
 
     def token_logps(self, states, targets):
         """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)
@@ -159,7 +162,9 @@ class Block(nn.Module):
         # FSDP2, which hooks the block, gathers the weights once for both the second forward pass
         # and the backward pass.
         if recompute:
-            return checkpoint(self.compute, x, cos, sin, attend_in_layer, use_reentrant=False)
+            # Nothing is random, and to keep the generator's state would wait for the GPU.
+            return checkpoint(self.compute, x, cos, sin, attend_in_layer, use_reentrant=False,
+                              preserve_rng_state=False)
         return self.compute(x, cos, sin, attend_in_layer)
 
     def compute(self, x, cos, sin, attend_in_layer):
@@ -279,7 +284,15 @@ def pair_layout(lengths, device=None):
         predictors += [chosen - 1, *range(rejected, end - 1)]
         targets += range(chosen, end)
         start = end
-    return tuple(torch.tensor(places, device=device) for places in (positions, predictors, targets))
+    return tuple(to_device(places, device) for places in (positions, predictors, targets))
+
+
+def to_device(numbers, device, dtype=None):
+    """A list of numbers as a tensor. A GPU takes it from pinned memory, so that nobody waits."""
+    numbers = torch.tensor(numbers, dtype=dtype)
+    if torch.device(device or "cpu").type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 def pair_attention(q, k, v, lengths, causal_attention):
@@ -287,27 +300,28 @@ def pair_attention(q, k, v, lengths, causal_attention):
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
     the keys of prompt and rejected. It needs no mask over the row, and on CPUs it was as fast as
-    any other formulation tried, or faster. On GPUs none was measured yet.
+    any other formulation tried, or faster. (On GPUs gpu.py has one call for the row.)
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
+    In general a text of the row is a prompt with any number of responses: (P,) or (P, C, R, ...).
     causal_attention(q, k, v) has the window of the model.
     """
     sizes = []
-    for P, C, R in lengths:
-        sizes += [P + C, R]
+    for P, *responses in lengths:
+        first = sum(responses[:1])          # of a prompt alone 0
+        sizes += [P + first, *responses[1:]]
     # Split once: the gradient of a split is one concatenation, that of each slice would be a whole
     # (T, H, D) of zeros but for the slice.
-    q = q.split(sizes)
-    k = k.split(sizes)
-    v = v.split(sizes)
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes))
     out = []
-    for i, (P, _, _) in enumerate(lengths):
-        first = 2 * i                       # prompt and chosen
-        second = 2 * i + 1                  # rejected
-        out.append(causal_attention(q[first], k[first], v[first]))
-        keys = torch.cat((k[first][:P], k[second]))                             # (P + R, K, D)
-        values = torch.cat((v[first][:P], v[second]))
-        out.append(causal_attention(q[second], keys, values))
+    for P, *responses in lengths:
+        q_first, k_first, v_first = next(parts)             # prompt and chosen
+        out.append(causal_attention(q_first, k_first, v_first))
+        for _ in responses[1:]:
+            q_other, k_other, v_other = next(parts)         # rejected
+            keys = torch.cat((k_first[:P], k_other))                            # (P + R, K, D)
+            values = torch.cat((v_first[:P], v_other))
+            out.append(causal_attention(q_other, keys, values))
     return torch.cat(out)                                                       # (T, H, D)
 
 
@@ -422,7 +436,7 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
     """The gradient of states (N, dim) from that of the log-probs, `grad` (N,).
 
     The gradient of the weight is added to grad_weight (V, dim) and not returned, so that one buffer
-    serves all pairs. What target_logps kept is used up.
+    serves all pairs; of bf16 weights it is best in fp32. What target_logps kept is used up.
     """
     grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
     grad = grad[:, None]
@@ -436,8 +450,8 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
         grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())            # (N, v)
         grad_logits.scatter_add_(1, column, torch.where(in_chunk[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
-        grad_states += grad_logits @ chunk_weight
-        grad_weight[chunk].addmm_(grad_logits.T, states)
+        _add_product(grad_states, grad_logits, chunk_weight)
+        _add_product(grad_weight[chunk], grad_logits.T, states)
         del exps, grad_logits                       # before the next chunk is recomputed
     return grad_states.to(states.dtype)
 
@@ -449,6 +463,8 @@ def _vocabulary_chunks(states, weight, targets):
     columns there (N, 1), 0 for the targets that are not.
     """
     size = max(1, _limit(CHUNK_LOGITS, states) // len(states))
+    if size > 64:
+        size -= size % 64       # rows of logits of other lengths take GPUs three times as long
     for start in range(0, len(weight), size):
         chunk = slice(start, min(start + size, len(weight)))
         in_chunk = (targets >= start) & (targets < chunk.stop)
@@ -457,9 +473,22 @@ def _vocabulary_chunks(states, weight, targets):
 
 
 def _logits(states, weight):
-    """Logits in fp32 (float64 of float64). The product is formed in the dtype of the states: bf16
-    states give logits that were rounded to bf16, as in any bf16 training."""
-    return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
+    """Logits in fp32 (float64 of float64), (N, v). Of bf16 states GPUs give them unrounded; CPUs
+    round them to bf16 first, as most bf16 training does."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    if states.device.type == "cpu" or states.dtype == wide:
+        return (states @ weight.T).to(wide)
+    return torch.mm(states, weight.T, out_dtype=wide)
+
+
+def _add_product(total, a, b):
+    """total += a @ b, in place. total may be fp32 where a and b are bf16."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cpu":
+        total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _limit(limits, states):

@@ -40,13 +40,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import cpu
+import gpu
 from checkpoint import model_digest
 from command import lock, run_command, unlock_all
 from data.files import (
     append_whole, is_finite_number, parse_line, read_json, read_records, written_whole)
 from data.preference import as_answers, content_hash
 from judge import ask, load_judge
-from model import Transformer, checkpoint_tensors, load_model, weight_files
+from model import Transformer, checkpoint_tensors, load_model, to_device, weight_files
 from tokenizer import CHAT_FORMATS, load_chat
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
@@ -199,22 +200,9 @@ def rewards(model, prompt, answers):
         tokens += ids
         positions += range(P, P + len(ids))
     ends = list(accumulate(map(len, answers), initial=P))       # of the prompt and each answer
-
-    def attend(layer, q, k, v):
-        out = []
-        for start, end in zip(ends, ends[1:]):
-            # One sequence: the prompt and this answer.
-            q_one = torch.cat((q[:P], q[start:end]))
-            k_one = torch.cat((k[:P], k[start:end]))
-            v_one = torch.cat((v[:P], v[start:end]))
-            one = model.causal_attention(q_one, k_one, v_one)
-            if out:
-                one = one[P:]       # the prompt's part came with the first answer
-            out.append(one)
-        return torch.cat(out)                                   # (T, H, D)
-
-    tokens = torch.tensor(tokens, device=model.device)
-    positions = torch.tensor(positions, device=model.device)
+    attend = model.attend_pairs([(P, *map(len, answers))])
+    tokens = to_device(tokens, model.device)
+    positions = to_device(positions, model.device)
     states = model.states(tokens, positions, attend)            # (T, dim)
     end_tokens = [end - 1 for end in ends[1:]]
     return model.reward(states[end_tokens].float(), states[:P].float())
@@ -234,6 +222,7 @@ class RewardScorer:
         self.chat = load_chat(folder, chat_format, date)
         if torch.cuda.is_available():
             self.model = load_reward_model(folder, torch.bfloat16, "cuda")
+            gpu.speed_up(self.model, torch.bfloat16)
         else:
             self.model = load_reward_model(folder, torch.float32, "cpu")
             cpu.speed_up(self.model)

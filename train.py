@@ -54,7 +54,7 @@ from distributed import (
     say, set_gradient_sync, signal_of_any_rank)
 from judge import Judge, load_judge
 from model import (
-    Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
+    Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward, to_device)
 from tokenizer import ChatFormat, load_chat
 
 ROOT = Path(__file__).resolve().parent
@@ -174,7 +174,7 @@ def pair_loss(config, pair, chosen_logps, rejected_logps):
             beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
     elif config.method == "dpo":
         # DPO is defined on sums, against those of the starting model.
-        reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen_logps.device)
+        reference = to_device(pair.ref_logps, chosen_logps.device, torch.float64)
         ref_chosen, ref_rejected = reference.split(1)
         losses, *rewards = dpo_loss(
             chosen_logps * len(pair.chosen), rejected_logps * len(pair.rejected),
@@ -219,6 +219,8 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
         grad_states = torch.empty_like(states)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+        # Summed in fp32, because in bf16 each pair would round it. (Of fp32 it is .grad itself.)
+        grad_weight = weight.grad.to(torch.promote_types(weight.dtype, torch.float32))
     results = []
     end = 0
     for pair in pairs:
@@ -236,7 +238,9 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
         if training:
             (grad,) = torch.autograd.grad(grad_scale * losses.sum(), token_logps)
             grad_states[start:end] = target_logps_backward(
-                grad, *inputs, logsumexp, kept, weight.grad)
+                grad, *inputs, logsumexp, kept, grad_weight)
+    if training:
+        weight.grad = grad_weight.to(weight.dtype)
     return torch.stack(results), grad_states
 
 
@@ -249,17 +253,22 @@ def run_rows(model, rows, config, grad_scale=None):
     """
     training = grad_scale is not None
     n_pairs = sum(len(row.indices) for row in rows)
-    results = torch.zeros(n_pairs, 5, dtype=torch.float64, device=model.device)
     rows = rows[dist.get_rank()::dist.get_world_size()]
+    of_rows = []
     for row in rows:
         if training:
             set_gradient_sync(
                 model, last_row=row is rows[-1], every_row=config.sync_every_micro_batch)
         if row.indices:
-            results[row.indices] = run_row(model, row, config, grad_scale)
+            of_rows.append(run_row(model, row, config, grad_scale))
         else:
             # A filler (see pack): FSDP's collective operations need all ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
+
+    results = torch.zeros(n_pairs, 5, dtype=torch.float64, device=model.device)
+    if of_rows:
+        indices = [i for row in rows for i in row.indices]
+        results[to_device(indices, model.device)] = torch.cat(of_rows)
     dist.all_reduce(results)            # each pair is 0 but on its own rank; a NaN stays one
     return results
 
