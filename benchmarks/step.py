@@ -184,6 +184,8 @@ def trl(folder, pairs, steps, batch, turns):
             "chosen": text(pair["chosen"][:-1]),
             "rejected": text(pair["rejected"][:-1])})
     cuda = torch.cuda.is_available()
+    # TRL leaves PyTorch's choice of attention, and cuDNN's would plan anew for every batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config = CPOConfig(
         output_dir=tempfile.mkdtemp(),
         loss_type="alphapo",
