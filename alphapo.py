@@ -140,13 +140,21 @@ def displacement_metrics(chosen_logps, rejected_logps, chosen_start, rejected_st
 
     All four are (B,), of the same pairs; `*_start` are the average log-probs at step 0.
     `displacement/fell` is the share of pairs whose chosen response became less likely, although
-    its reward margin may have grown (paper, section 3). Returns a dict of 0-d tensors.
+    its reward margin may have grown (paper, section 3). Alpha acts on pairs by their order
+    (Corollary 3.3), so chosen responses and accuracies are also told apart by it: "right" pairs,
+    of which `displacement/right` is the share, had the likelier chosen response at step 0. Returns
+    a dict of 0-d tensors: NaN is the mean of no pairs.
     """
     chosen_change = chosen_logps - chosen_start
-    rejected_change = rejected_logps - rejected_start
-    chosen_fell = chosen_logps < chosen_start
+    was_right = chosen_start > rejected_start               # a tie is not right
+    is_right = (chosen_logps > rejected_logps).double()
     return {
         "displacement/chosen": chosen_change.mean(),
-        "displacement/rejected": rejected_change.mean(),
-        "displacement/fell": chosen_fell.double().mean(),
+        "displacement/rejected": (rejected_logps - rejected_start).mean(),
+        "displacement/fell": (chosen_logps < chosen_start).double().mean(),
+        "displacement/right": was_right.double().mean(),
+        "displacement/chosen_right": chosen_change[was_right].mean(),
+        "displacement/chosen_wrong": chosen_change[~was_right].mean(),
+        "displacement/accuracy_right": is_right[was_right].mean(),
+        "displacement/accuracy_wrong": is_right[~was_right].mean(),
     }

@@ -721,6 +721,7 @@ def step_metrics(run, outcome, pairs, rate, seconds):
     """The line of metrics.jsonl of a step."""
     metrics = {"step": run.progress["step"], **metrics_of(outcome.results)}
     metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
+    metrics["clipped"] = int(outcome.grad_norm > run.config.max_grad_norm)  # the mean is a share
     metrics |= work_of(outcome.rows, seconds)
     metrics["skipped"] = run.progress["skipped"]
     if not outcome.applied:
