@@ -38,8 +38,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from alphapo import (
-    alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss)
+from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics
 from checkpoint import (
     check_same_run, check_space, claim_output, finish_checkpoint, identity_of, load_checkpoint,
     log_metrics, model_digest, newest_checkpoint, read_metrics, read_run, save_checkpoint)
@@ -77,11 +76,12 @@ class TrainConfig:
                                         # and when a run is resumed that of its first day
 
     # The method. Knobs left out take METHODS' defaults; one that the method lacks is an error.
-    method: str = "alphapo"             # alphapo, simpo or dpo
+    method: str = "alphapo"             # alphapo, simpo, dpo or dpo_norm (DPO on averages)
     alpha: float | None = None          # reward shape; 0 is SimPO
     beta: float | None = None           # reward scale
     gamma_beta_ratio: float | None = None       # target reward margin, as a share of beta
     sft_weight: float = 0.0             # adds so much of the chosen response's -log-prob per token
+    label_smoothing: float = 0.0        # share of pairs whose order is taken to be wrong, below 0.5
 
     # The optimiser: PyTorch's AdamW with its betas and eps, cosine to zero.
     learning_rate: float = 7e-7
@@ -127,12 +127,14 @@ class TrainConfig:
     resume: bool = False                # go on from the newest complete checkpoint in `output`
 
 
-# The knobs of each method and their defaults: those of the paper's Table 3 for Mistral-7B, and its
-# DPO baseline.
+# The knobs of each method and their defaults: those of the paper's Table 3 for Mistral-7B, its DPO
+# baseline, and SimPO's beta for DPO on averages. DPO's acts on sums: on answers of N tokens a beta
+# of 2.5 / N is dpo_norm's 2.5.
 METHODS = {
     "alphapo": {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.1},
     "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.1},
     "dpo": {"beta": 0.01},
+    "dpo_norm": {"beta": 2.5},
 }
 PATHS = ("model", "data", "eval_data", "output", "cache", "judge", "judge_prompts")
 CALL = ("resume",)
@@ -164,21 +166,17 @@ def pair_loss(config, pair, chosen_logps, rejected_logps):
     float | None, and in POSITIVE or FINITE; 5. if it needs a reference, it is made in open_run
     where DPO's is; 6. if it needs more of a pair than two averages, head_and_loss changes.
     """
-    if config.method == "alphapo":
-        losses, *rewards = alphapo_loss(
+    knobs = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+    if config.method in ("alphapo", "simpo"):
+        losses, *rewards = alphapo_loss(            # SimPO has no alpha, which is alpha = 0
             chosen_logps, rejected_logps,
-            alpha=config.alpha, beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
-    elif config.method == "simpo":
-        losses, *rewards = simpo_loss(
-            chosen_logps, rejected_logps,
-            beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
-    elif config.method == "dpo":
-        # DPO is defined on sums, against those of the starting model.
+            alpha=config.alpha or 0.0, gamma_beta_ratio=config.gamma_beta_ratio, **knobs)
+    elif config.method in ("dpo", "dpo_norm"):
+        # Against those of the starting model. DPO is defined on sums, dpo_norm on averages.
+        C, R = (len(pair.chosen), len(pair.rejected)) if config.method == "dpo" else (1, 1)
         reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen_logps.device)
-        ref_chosen, ref_rejected = reference.split(1)
         losses, *rewards = dpo_loss(
-            chosen_logps * len(pair.chosen), rejected_logps * len(pair.rejected),
-            ref_chosen, ref_rejected, beta=config.beta)
+            chosen_logps * C, rejected_logps * R, *reference.split(1), **knobs)
     else:
         raise ValueError(f"method {config.method!r} has no loss here")
     return losses - config.sft_weight * chosen_logps, *rewards
@@ -347,14 +345,17 @@ def score_pairs(model, pairs, config, noted=None):
 
 
 def reference_logps(model, pairs, config):
-    """Summed log-probs of B pairs under the model as it is now, (B, 2). That is all that DPO needs
-    of its reference: no second model is kept. ValueError names a pair without finite ones."""
+    """Log-probs of B pairs under the model as it is now, (B, 2): sums for DPO, averages for
+    dpo_norm. That is all that they need of their reference: no second model is kept. ValueError
+    names a pair without finite ones."""
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     averages = score_pairs(model, pairs, config)[:, [CHOSEN_LOGP, REJECTED_LOGP]].cpu()
     for pair, finite in zip(pairs, averages.isfinite().all(1).tolist()):
         if not finite:
             raise ValueError(f"{pair.source}: its log-probs under the starting model, which are "
                              "DPO's reference, are not finite")
+    if config.method == "dpo_norm":
+        return averages
     return averages * torch.tensor(lengths, dtype=torch.float64)
 
 
@@ -618,7 +619,7 @@ def open_run(config, device):
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer, progress)
         say(f"resume   {checkpoint}, {len(steps) - first} steps to go")
-    if config.method == "dpo":
+    if config.method in ("dpo", "dpo_norm"):
         if not checkpoint:
             progress["reference"] = reference_logps(model, pairs + held_out, config)
         for pair, ref_logps in zip(pairs + held_out, progress["reference"].tolist()):
@@ -721,7 +722,8 @@ def step_metrics(run, outcome, pairs, rate, seconds):
     """The line of metrics.jsonl of a step."""
     metrics = {"step": run.progress["step"], **metrics_of(outcome.results)}
     metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
-    metrics["clipped"] = int(outcome.grad_norm > run.config.max_grad_norm)  # the mean is a share
+    is_clipped = outcome.applied and outcome.grad_norm > run.config.max_grad_norm
+    metrics["clipped"] = int(is_clipped)        # the mean over steps is the share of clipped ones
     metrics |= work_of(outcome.rows, seconds)
     metrics["skipped"] = run.progress["skipped"]
     if not outcome.applied:
@@ -782,8 +784,9 @@ def report(run, dropped):
     """Prints the first lines of a run: what is about to be trained on what."""
     config, chat = run.config, run.chat
     knobs = ", ".join(f"{name} {getattr(config, name):g}" for name in METHODS[config.method])
-    if config.sft_weight:
-        knobs += f", sft_weight {config.sft_weight:g}"
+    for name in ("sft_weight", "label_smoothing"):
+        if getattr(config, name):
+            knobs += f", {name} {getattr(config, name):g}"
     print(f"method   {config.method}: {knobs}")
     report_model(config, run.model)
     tokenizer = chat.tokenizer
@@ -994,6 +997,9 @@ def check_numbers(config):
             raise ValueError(f"{name} = {getattr(config, name)}; expected 0 or more")
     if config.timeout_minutes > 10**6:
         raise ValueError(f"timeout_minutes = {config.timeout_minutes}; expected at most a million")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing = {config.label_smoothing}; expected a share of pairs, below 0.5")
     if not 0 <= config.warmup_ratio <= 1:
         raise ValueError(
             f"warmup_ratio = {config.warmup_ratio}; expected a share of the steps, 0 to 1")
