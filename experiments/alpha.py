@@ -11,6 +11,7 @@ seeds. On SmolLM2 there is time for six ways, one rate and one seed. Each run is
 `python train.py configs/RECIPE.toml` with other knobs.
 """
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ WAYS = {
     "alpha = 1": ("alphapo", 1),
     "DPO (beta = 0.01)": ("dpo", None),
 }
+SIMPO = "SimPO (alpha = 0)"
 LEFT_OUT_OF_SMOLLM2 = ("alpha = 0.1", "alpha = 0.5")
 
 
@@ -164,7 +166,38 @@ def best_rate(study, rows, label):
 
 def table(study, rows):
     """Markdown, a line for each way."""
-    return table_of_seeds(study, rows) if len(study.seeds) > 1 else table_of_a_seed(rows)
+    if len(study.seeds) == 1:
+        return table_of_a_seed(rows)
+    return f"{table_of_seeds(study, rows)}\n\n{paired_table(study, rows)}"
+
+
+def paired_table(study, rows):
+    """Differences to SimPO on the same seed: their mean and its standard error, bold beyond two."""
+    metrics = {"score": (1, 1), "accuracy": (100, 1), "displacement_chosen": (1, 4), "kl": (1, 4)}
+    of_seeds = {(r["label"], r["seed"]): r for r in rows if r["seed"] in study.seeds}
+    lines = [
+        "| less SimPO, seed by seed | learning rate | judged score | accuracy, points "
+        "| chosen moved by | KL, nats a token |",
+        "|---" * 6 + "|"]
+    for label in study.ways:
+        if label == SIMPO:
+            continue
+        cells = [f"{of_seeds[label, study.seeds[0]]['learning_rate']:g}"]
+        for metric, (unit, digits) in metrics.items():
+            differences = []
+            for seed in study.seeds:
+                mine, simpo = of_seeds[label, seed], of_seeds[SIMPO, seed]
+                differences.append(unit * (mine[metric] - simpo[metric]))
+            cells.append(difference_cell(differences, digits))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference_cell(differences, digits):
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    text = f"{mean:+.{digits}f} +- {error:.{digits}f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def table_of_a_seed(rows):

@@ -159,13 +159,132 @@ def run_all(rows):
                       f"{rows[-1]['held_out']['chosen']:+.4f}", flush=True)
 
 
+# --- table and figure -----------------------------------------------------------------------------
+
+SIMPO = ("simpo", 0)
+GROUPS = {"right": "chosen_right", "wrong": "chosen_wrong", "all": "chosen"}
+PLACES = {"trained_on": "trained on", "held_out": "held out"}
+
+
+def comparisons(alpha, beta):
+    """(title, way, what it is compared with) of an alpha, whose matched SimPO has this beta."""
+    shaped = ("alphapo", alpha)
+    matched = ("simpo", alpha)
+    return (
+        (f"alpha = {alpha:g} - SimPO", shaped, SIMPO),
+        (f"SimPO at beta {beta:.2f} - SimPO", matched, SIMPO),
+        (f"alpha = {alpha:g} - SimPO at beta {beta:.2f}: shape", shaped, matched),
+    )
+
+
+def value(row, place, group):
+    """What a run did to a group of pairs: how far chosen responses moved, in thousandths of a nat
+    per token; or the accuracy in percent."""
+    found = row[place]
+    if group == "accuracy":
+        right = found["right"]
+        return 100 * (right * found["accuracy_right"] + (1 - right) * found["accuracy_wrong"])
+    return 1000 * found[GROUPS[group]]
+
+
+def difference(rows, labels, way, base, place, group):
+    """(mean, standard error) over the seeds of a way less another, on the same seed."""
+    of_seeds = {}
+    for r in rows:
+        if r["labels"] == labels:
+            of_seeds[r["method"], r["alpha"], r["seed"]] = value(r, place, group)
+    differences = []
+    for seed in sorted({seed for _, _, seed in of_seeds}):
+        differences.append(of_seeds[*way, seed] - (of_seeds[*base, seed] if base else 0))
+    return mean_and_error(differences)
+
+
+def mean_and_error(values):
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def cell(mean, error):
+    """Bold beyond two standard errors."""
+    text = f"{mean:+.1f} +- {error:.1f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
+
+
+def betas(rows):
+    """The beta of the SimPO that each alpha is matched by."""
+    return {alpha: next(r["beta"] for r in rows if r["method"] == "simpo" and r["alpha"] == alpha)
+            for alpha in ALPHAS}
+
+
+def table(rows):
+    """Markdown: a line for each comparison, on clean and on flipped labels."""
+    lines = []
+    columns = [(place, group) for place in PLACES for group in GROUPS] + [("held_out", "accuracy")]
+    heads = [f"{PLACES[place]}: {group}" for place, group in columns]
+    for labels in LABELS:
+        some = next(r for r in rows if r["labels"] == labels)
+        lines += [f"| {labels} labels | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+        shares = [f"{statistics.mean(r[place]['right'] for r in rows if r['labels'] == labels):.0%}"
+                  for place in PLACES]
+        lines.append(f"| pairs that are right at step 0 | {shares[0]} | | | {shares[1]} | | | |")
+        moved = [f"{difference(rows, labels, SIMPO, None, *column)[0]:+.1f}" for column in columns]
+        lines.append(f"| SimPO (beta {BETA:g}, {some['steps']} steps) | {' | '.join(moved)} |")
+        for alpha, beta in betas(rows).items():
+            for title, way, base in comparisons(alpha, beta):
+                cells = [cell(*difference(rows, labels, way, base, *c)) for c in columns]
+                lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append("")
+    clipped = [r["clipped"] for r in rows]
+    lines.append(f"{len({r['seed'] for r in rows})} seeds, {len(rows)} runs; {min(clipped):.0%} to "
+                 f"{max(clipped):.0%} of a run's steps were clipped.")
+    return "\n".join(lines)
+
+
+def draw(rows):
+    """The differences to SimPO by group: AlphaPO, and its shape alone."""
+    import matplotlib.pyplot as plt
+    from plot import style
+
+    figure, axes = plt.subplots(len(PLACES), len(LABELS), figsize=(10, 7), sharey="row")
+    colors = {"right": "tab:blue", "wrong": "tab:red", "all": "black"}
+    for panels, place in zip(axes, PLACES):
+        for panel, labels in zip(panels, LABELS):
+            for shift, group in zip((-0.12, 0, 0.12), GROUPS):
+                for base, dash in (("SimPO", "-"), ("SimPO at the matched beta", ":")):
+                    means = []
+                    errors = []
+                    for alpha in ALPHAS:
+                        other = SIMPO if dash == "-" else ("simpo", alpha)
+                        mean, error = difference(
+                            rows, labels, ("alphapo", alpha), other, place, group)
+                        means.append(mean)
+                        errors.append(error)
+                    x = [i + shift for i in range(len(ALPHAS))]
+                    panel.errorbar(x, means, yerr=errors, fmt="o" + dash, color=colors[group],
+                                   markersize=4, capsize=2, label=f"{group}, less {base}")
+            panel.axhline(0, color="grey", linewidth=0.8)
+            panel.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
+            style(panel, f"pairs {PLACES[place]}, {labels} labels", "alpha",
+                  "chosen log-prob, 0.001 nats a token")
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.parse_args(argv)
-    torch.set_num_threads(1)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--plot", metavar="FILE", help="only draw the figure")
+    args = parser.parse_args(argv)
     rows = [row for _, row in read_jsonl(RESULTS)] if RESULTS.exists() else []
-    write_records(RESULTS, rows)        # that it can be written is known before the runs
-    run_all(rows)
+    if args.plot:
+        figure = draw(rows)
+        figure.tight_layout()
+        figure.savefig(args.plot, dpi=130)
+        return
+    if not args.table:
+        torch.set_num_threads(1)
+        write_records(RESULTS, rows)        # that it can be written is known before the runs
+        run_all(rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":
