@@ -219,15 +219,18 @@ def table(rows):
     """Markdown: a line for each comparison, on clean and on flipped labels."""
     lines = []
     columns = [(place, group) for place in PLACES for group in GROUPS] + [("held_out", "accuracy")]
-    heads = [f"{PLACES[place]}: {group}" for place, group in columns]
+    heads = [f"{PLACES[place]}: {group}" for place, group in columns[:-1]]
+    heads.append("held out: accuracy, points")
     for labels in LABELS:
         some = next(r for r in rows if r["labels"] == labels)
         lines += [f"| {labels} labels | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
         shares = [f"{statistics.mean(r[place]['right'] for r in rows if r['labels'] == labels):.0%}"
                   for place in PLACES]
         lines.append(f"| pairs that are right at step 0 | {shares[0]} | | | {shares[1]} | | | |")
-        moved = [f"{difference(rows, labels, SIMPO, None, *column)[0]:+.1f}" for column in columns]
-        lines.append(f"| SimPO (beta {BETA:g}, {some['steps']} steps) | {' | '.join(moved)} |")
+        moved = [f"{difference(rows, labels, SIMPO, None, *c)[0]:+.1f}" for c in columns[:-1]]
+        accuracy, _ = difference(rows, labels, SIMPO, None, *columns[-1])
+        lines.append(f"| SimPO (beta {BETA:g}, {some['steps']} steps) | {' | '.join(moved)} "
+                     f"| {accuracy:.1f}% |")
         for alpha, beta in betas(rows).items():
             for title, way, base in comparisons(alpha, beta):
                 cells = [cell(*difference(rows, labels, way, base, *c)) for c in columns]
