@@ -46,7 +46,7 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio,
     alpha: the shape of the reward r (see alphapo_reward); 0 is SimPO.
     beta: the scale of the reward.
     gamma_beta_ratio: the target reward margin is gamma = gamma_beta_ratio * beta.
-    label_smoothing: the share of labels taken to be wrong (see pair_losses).
+    label_smoothing: the share of labels taken to be wrong (see margin_losses).
     Returns (losses, chosen_rewards, rejected_rewards), each (B,) in float64, the rewards detached.
     ValueError if the shapes differ.
 
@@ -64,11 +64,11 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio,
 
     # The loss is log 2 at the target margin gamma and, without smoothing, goes to 0 beyond it.
     margins = chosen_rewards - rejected_rewards             # (B,)
-    losses = pair_losses(margins - gamma_beta_ratio * beta, label_smoothing)
+    losses = margin_losses(margins - gamma_beta_ratio * beta, label_smoothing)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def pair_losses(m, label_smoothing):
+def margin_losses(m, label_smoothing):
     """L(m) = -log sigmoid(m) of margins m (B,); if a share e = label_smoothing of the labels is
     taken to be wrong, (1 - e) * L(m) + e * L(-m), as in conservative DPO (Mitchell 2023).
 
@@ -120,7 +120,7 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps,
     _check_same_shape(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps)
     chosen_rewards = beta * (chosen_logps.double() - chosen_ref_logps.double())
     rejected_rewards = beta * (rejected_logps.double() - rejected_ref_logps.double())
-    losses = pair_losses(chosen_rewards - rejected_rewards, label_smoothing)
+    losses = margin_losses(chosen_rewards - rejected_rewards, label_smoothing)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
