@@ -197,9 +197,11 @@ def load_sharded(config, device):
         shard=shard)
     model.recompute = config.recompute
     if device.type == "cpu":
+        if config.compile:
+            raise ValueError("compile is for GPUs, where it pays; leave it out on CPUs")
         cpu.speed_up(model)
     else:
-        gpu.speed_up(model, getattr(torch, config.compute_dtype))
+        gpu.speed_up(model, getattr(torch, config.compute_dtype), config.compile)
     return model
 
 

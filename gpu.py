@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 
-from model import to_device
+from model import Block, to_device
 
 
-def speed_up(model, dtype):
+def speed_up(model, dtype, compiled=False):
     """Gives a Transformer that computes in `dtype` on a GPU the kernels of this file, where they
-    can serve it, and turns cuDNN's attention off.
+    can serve it, and turns cuDNN's attention off. With `compiled` torch.compile fuses what stands
+    between the matrix products of a block: norms, rotary embedding, residuals, SwiGLU.
 
     cuDNN's is PyTorch's first choice on H100s. It builds a plan for every new shape, and every pair
     has new lengths: a step took five times as long (benchmarks/gpu.json).
@@ -30,6 +31,13 @@ def speed_up(model, dtype):
         model.attend_pairs = partial(
             flash_attend_pairs, device=model.device, window=model.config.window)
         model.decode_attention = flash_decode_attention
+    if compiled:
+        # Rows of all lengths and all blocks share the two graphs: compiled once, for any T.
+        before = torch.compile(Block.before_attention, dynamic=True)
+        after = torch.compile(Block.after_attention, dynamic=True)
+        for block in model.model.layers:
+            block.before_attention = partial(before, block)
+            block.after_attention = partial(after, block)
 
 
 def flash_serves(dtype, head_dim):

@@ -168,7 +168,16 @@ class Block(nn.Module):
         return self.compute(x, cos, sin, attend_in_layer)
 
     def compute(self, x, cos, sin, attend_in_layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend_in_layer)
+        q, k, v = self.before_attention(x, cos, sin)
+        return self.after_attention(x, attend_in_layer(q, k, v))
+
+    # Two functions, because torch.compile takes what has no attention in it (gpu.py).
+
+    def before_attention(self, x, cos, sin):
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(1))                      # (T, dim)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -183,15 +192,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend_in_layer):
+    def project(self, x, cos, sin):
+        """Queries, keys and values of normed states (T, dim)."""
         T = x.shape[0]
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))              # (T, H, D)
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))              # (T, K, D)
         v = self.v_proj(x).view(T, -1, self.head_dim)                           # (T, K, D)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        out = attend_in_layer(q, k, v)                                          # (T, H, D)
-        return self.o_proj(out.reshape(T, -1))                                  # (T, dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -489,6 +496,11 @@ def _add_product(total, a, b):
         total += a @ b
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def kept_tokens(states, weight):
+    """Of how many tokens target_logps keeps all that its backward pass needs."""
+    return _limit(KEPT_LOGITS, states) // len(weight)
 
 
 def _limit(limits, states):

@@ -1,7 +1,7 @@
-"""The day a GPU is at hand: everything that is claimed about GPUs, run on one in under nine minutes.
+"""The day a GPU is at hand: all that is claimed about GPUs, run on one in under nine minutes.
 
     python -m benchmarks.gpu_day --output benchmarks/gpu.json       # one GPU of 80 GB
-    python -m benchmarks.gpu_day --trl 4 8          # and TRL, so many pairs a batch (requirements.txt)
+    python -m benchmarks.gpu_day --trl 4 8          # and TRL, so many pairs a batch
     python -m benchmarks.gpu_day --small            # on a CPU: does the program run?
 
 Parts, which --only picks:
@@ -19,6 +19,7 @@ cost. Lengths are those of benchmarks/lengths.py. MFU counts a step's useful wor
 --peak. Figures are medians.
 """
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def shape(name, layers=None):
 
 def train_config(args, **changes):
     tokens = SMALL["tokens"] if args.small else TOKENS
+    tokens *= changes.pop("rows", 1)
     settings = {"compute_dtype": "bfloat16", "tokens_per_micro_batch": tokens} | changes
     return resolve_config(TrainConfig(model="-", data=["-"], **settings))
 
@@ -95,7 +97,7 @@ def sharded_model(model_config, config, device):
     model.to_empty(device=device)
     model.recompute = config.recompute
     if device.type == "cuda":
-        gpu.speed_up(model, torch.bfloat16)
+        gpu.speed_up(model, getattr(torch, config.compute_dtype), config.compile)
     fill(model)
     return model
 
@@ -205,8 +207,6 @@ def step_errors(device, args):
     for dtype in ("float32", "bfloat16"):
         config = train_config(args, compute_dtype=dtype)
         model = sharded_model(c, config, device)
-        if dtype == "float32":          # which flash attention does not serve
-            vars(model).pop("attend_pairs", None)
         rows = pack(pairs, config.tokens_per_micro_batch)
         results = run_rows(model, rows, config, 1 / len(pairs))
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -264,32 +264,39 @@ def steps(device, args):
     for name, layers in jobs:
         c = shape(name, layers)
         title = f"{name}, {layers} of its layers" if layers else name
-        config = train_config(args)
-        model = sharded_model(c, config, device)
-        optimizer = make_optimizer(model, config)
         found[title] = {}
-        settings = ["kept", "recomputed"]
-        if name == "Llama-3-8B":
-            settings += ["kept, plain attention", "kept, cuDNN's attention"]
+        model = sharded_model(c, train_config(args), device)
+        optimizer = make_optimizer(model, train_config(args))
+        settings = ["kept", "recomputed", "recomputed, rows of twice the tokens"]
+        if layers or args.small:
+            settings += ["kept, plain attention", "kept, cuDNN's attention", "kept, compiled"]
         for setting in settings:
-            figures = measure_steps(model, optimizer, c, config, setting, device, args)
+            figures = measure_steps(model, optimizer, c, setting, device, args)
             found[title][setting] = figures
             print(f"{title}, {setting}: {figures['tokens_per_second']:.0f} tokens/s, MFU "
                   f"{figures['mfu']:.1%}, peak {figures['peak_bytes'] / 1e9:.1f} GB, "
                   f"{figures['kernels']} kernels and {figures['waits']} waits a step", flush=True)
         del model, optimizer
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return found
 
 
-def measure_steps(model, optimizer, c, config, setting, device, args):
+def free(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure_steps(model, optimizer, c, setting, device, args):
     cuda = device.type == "cuda"
+    config = train_config(args, rows=2 if "twice" in setting else 1)
     model.recompute = "recomputed" in setting
     fast = vars(model).get("attend_pairs")
     if "plain" in setting or "cuDNN" in setting:
         vars(model).pop("attend_pairs", None)
     torch.backends.cuda.enable_cudnn_sdp("cuDNN" in setting)
+    if "compiled" in setting:       # the last setting: it stays so
+        gpu.speed_up(model, torch.float32, compiled=True)
     pairs = Pairs(c, args)
     pairs.seed = 100            # the same for every setting
 
@@ -309,7 +316,8 @@ def measure_steps(model, optimizer, c, config, setting, device, args):
     rates = []
     mfus = []
     times = []
-    for _ in range(args.rounds):
+    # cuDNN's takes minutes, and its figure is clear after two.
+    for _ in range(min(args.rounds, 2) if "cuDNN" in setting else args.rounds):
         lengths, outcome, taken = step()
         times.append(taken)
         rates.append(sum(map(sum, lengths)) / taken)
@@ -318,7 +326,7 @@ def measure_steps(model, optimizer, c, config, setting, device, args):
         "seconds": times, "tokens_per_second": median(rates), "mfu": median(mfus),
         "rows": len(outcome.rows), "grad_norm": outcome.grad_norm,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0}
-    figures |= profiled(step, device)
+    figures |= profiled(step, c, device)
     if fast:
         model.attend_pairs = fast
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -334,13 +342,12 @@ KINDS = (       # of kernels, by words in their names
 )
 
 
-def profiled(step, device):
+def profiled(step, c, device):
     """Kernels of a step and their milliseconds by kind, and how often the host waits."""
     if device.type != "cuda":
-        step()
         return {"kernels": 0, "waits": 0, "milliseconds": {}}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        step()
+        lengths, _, taken = step()
     milliseconds = Counter()
     kernels = 0
     slowest = Counter()
@@ -356,8 +363,10 @@ def profiled(step, device):
         milliseconds[kind] += event.self_device_time_total / 1e3
         slowest[event.key[:90]] += event.self_device_time_total / 1e3
     waits = sum(e.count for e in seen.key_averages() if e.key == "cudaStreamSynchronize")
+    # The busy milliseconds and the whole ones are of the same step.
     return {"kernels": kernels, "waits": waits, "milliseconds": dict(milliseconds),
-            "slowest": slowest.most_common(25)}
+            "profiled_tokens": sum(map(sum, lengths)), "profiled_seconds": taken,
+            "profiled_flops": useful_flops(c, lengths), "slowest": slowest.most_common(25)}
 
 
 def sampler(device, args):
@@ -461,7 +470,7 @@ def write_folder(folder, c, device):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-PARTS = {"card": card, "exact": exact, "run": run, "steps": steps, "sampler": sampler, "trl": trl}
+PARTS = {"card": card, "exact": exact, "run": run, "sampler": sampler, "trl": trl, "steps": steps}
 
 
 def measure(args):
@@ -474,8 +483,7 @@ def measure(args):
             continue
         began = time.perf_counter()
         found[name] = PARTS[name](device, args)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
         print(f"--- {name}: {time.perf_counter() - began:.0f} s", flush=True)
         if args.output:
             write_whole(args.output, json.dumps(found, indent=1) + "\n")

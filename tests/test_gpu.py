@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.flop_counter     # compiling imports it, which needs the real operator
 
 import gpu
 from sampler import generate
@@ -119,6 +120,27 @@ def test_the_kernel_is_taken_where_it_serves(monkeypatch, tmp_path, dtype, head_
     gpu.speed_up(model, dtype)
     assert asked == [False]
     assert ("attend_pairs" in vars(model)) == ("decode_attention" in vars(model)) == served
+
+
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(flash, monkeypatch, tmp_path):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(whole, backend=backend, fullgraph=True))
+    plain, fast = two_models(tmp_path / "m", num_hidden_layers=3)
+    gpu.speed_up(fast, torch.float64, compiled=True)
+    for seed, lengths in enumerate(([(5, 9, 7), (2, 1, 30)], [(3, 4, 5)], [(40, 1, 1), (2, 2, 2), (9, 9, 9)])):
+        (row,) = pack(random_pairs(lengths, seed=seed), 1000)
+        for model in (plain, fast):
+            model.zero_grad()
+            model.recompute = seed == 2
+            model.response_logps(row.tokens, row.lengths).sum().backward()
+        for ours, expected in zip(fast.parameters(), plain.parameters()):
+            assert torch.allclose(ours.grad, expected.grad, rtol=0, atol=1e-12)
+    assert len(graphs) == 2
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
