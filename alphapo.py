@@ -84,8 +84,6 @@ def average_logps(token_logps, lengths):
     token_logps: (N,) log-probs of the tokens of M responses laid end to end, without padding. The
     end-of-turn token of a response is one of its tokens.
     lengths: M ints, each at least 1, that add up to N. Returns (M,) in float64.
-
-    In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
     """
     responses = token_logps.split(list(lengths))
     averages = [response.mean(dtype=torch.float64) for response in responses]

@@ -5,12 +5,12 @@
     logps = model.response_logps(tokens, [(P, C, R)])       # of the response tokens of a row
     save_model(model, "aligned", like="Llama-3-8B-Instruct")
 
-Four parts, in this order: the transformer; attention in a row of pairs; the vocabulary head, which
-works through the vocabulary in chunks; Hugging Face folders, read and written. Parameter names are
-Hugging Face's and rotary embedding splits each head in halves as theirs does, so the state dict IS
-the safetensors file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding
-window), Qwen2 (bias on q, k and v) and Qwen3 (norms on q and k); any other model or feature in
-config.json is an error. Needs torch and safetensors.
+Parts: the transformer; attention in a row of pairs; the vocabulary head, which works through the
+vocabulary in chunks; Hugging Face folders, read and written. Parameter names are Hugging Face's and
+rotary embedding splits each head in halves as theirs does, so the state dict IS the safetensors
+file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (bias on
+q, k and v) and Qwen3 (norms on q and k); any other model or feature in config.json is an error.
+Needs torch and safetensors.
 
 Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
@@ -18,8 +18,7 @@ A row is one plain (T,) sequence of tokens, several texts end to end, without pa
 but attention looks at one token at a time. So who sees whom is decided by a function that a caller
 hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which picks the
 tokens that may see each other. That calls causal_attention, which applies the causal order and the
-sliding window. Where a token stands in its text is said by `positions`. On GPUs and CPUs, gpu.py
-and cpu.py put faster kernels in the place of these two.
+sliding window. (gpu.py and cpu.py have faster ones.) `positions` say where in its text a token is.
 """
 import json
 import math
@@ -139,13 +138,10 @@ class Transformer(nn.Module):
         is for callers that keep a cache for each (sampler.py).
         """
         x = self.model.embed_tokens(tokens)                                     # (T, dim)
-        cos, sin = rope_tables(positions, self.config)                          # (T, 1, D/2)
-        cos = cos.to(x.dtype)
-        sin = sin.to(x.dtype)
+        cos, sin = (table.to(x.dtype) for table in rope_tables(positions, self.config))
         recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
-            attend_in_layer = partial(attend, i)
-            x = block(x, cos, sin, attend_in_layer, recompute)
+            x = block(x, cos, sin, partial(attend, i), recompute)
         return self.model.norm(x)
 
 
@@ -168,10 +164,8 @@ class Block(nn.Module):
         return self.compute(x, cos, sin, attend_in_layer)
 
     def compute(self, x, cos, sin, attend_in_layer):
-        q, k, v = self.before_attention(x, cos, sin)
+        q, k, v = self.before_attention(x, cos, sin)    # two functions, which gpu.py may compile
         return self.after_attention(x, attend_in_layer(q, k, v))
-
-    # Two functions, because torch.compile takes what has no attention in it (gpu.py).
 
     def before_attention(self, x, cos, sin):
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
@@ -193,7 +187,6 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def project(self, x, cos, sin):
-        """Queries, keys and values of normed states (T, dim)."""
         T = x.shape[0]
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))              # (T, H, D)
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))              # (T, K, D)
@@ -294,20 +287,11 @@ def pair_layout(lengths, device=None):
     return tuple(to_device(places, device) for places in (positions, predictors, targets))
 
 
-def to_device(numbers, device, dtype=None):
-    """A list of numbers as a tensor. A GPU takes it from pinned memory, so that nobody waits."""
-    numbers = torch.tensor(numbers, dtype=dtype)
-    if torch.device(device or "cpu").type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
-
-
 def pair_attention(q, k, v, lengths, causal_attention):
     """Who sees whom in a row of pairs: each response sees its prompt and itself.
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
-    the keys of prompt and rejected. It needs no mask over the row, and on CPUs it was as fast as
-    any other formulation tried, or faster. (On GPUs gpu.py has one call for the row.)
+    the keys of prompt and rejected. It needs no mask over the row. (On GPUs, see gpu.py.)
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
     In general a text of the row is a prompt with any number of responses: (P,) or (P, C, R, ...).
@@ -337,37 +321,21 @@ def causal_attention(q, k, v, window=None):
 
     q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)
     """
+    absent, Tk = len(k) - len(q), len(k)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                      # (1, H or K, T, D)
-    if window is None or window >= k.shape[2]:
-        out = _full_attention(q, k, v)
+    if window is None or window >= Tk:
+        # Flash kernels: no mask in memory. They align the first query with the first key, so zeros
+        # stand in for the queries before ours, and what comes of them is left out. For a rejected
+        # response that is its prompt's attention once more, a small part of a step.
+        q = F.pad(q, (0, 0, absent, 0))                                         # (1, H, Tk, D)
+        mask = None
     else:
-        out = _window_attention(q, k, v, window)
-    return out[0].transpose(0, 1)
-
-
-def _full_attention(q, k, v):
-    """Flash kernels: no mask in memory. With is_causal they align the first query with the first
-    key. So this is the one place that pads: zeros stand in for the Tk - Tq queries before ours, and
-    what comes of them is left out. For a rejected response that is its prompt's attention once
-    more, a small part of a step."""
-    absent = k.shape[2] - q.shape[2]
-    q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out[:, :, absent:]                                                   # (1, H, Tq, D)
-
-
-def _window_attention(q, k, v, window):
-    """A sliding window, as a mask of (Tq, Tk). Keys are repeated: a mask and enable_gqa together
-    would leave CUDA's fused kernels."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    groups = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(groups, 1)                                          # (1, H, Tk, D)
-    v = v.repeat_interleave(groups, 1)
-    queries = torch.arange(Tk - Tq, Tk, device=q.device)
-    distance = queries[:, None] - torch.arange(Tk, device=q.device)             # (Tq, Tk)
-    seen = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        places = torch.arange(Tk, device=q.device)
+        distance = places[absent:, None] - places                               # (Tq, Tk)
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0, :, -(Tk - absent):].transpose(0, 1)                           # (Tq, H, D)
 
 
 # --- the vocabulary head --------------------------------------------------------------------------
@@ -412,7 +380,6 @@ def target_logps(states, weight, targets, keep):
 
     A log-prob is z[target] - logsumexp(z), from fp32 logits. At a vocabulary of 128k and the logits
     of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
-    (Of bf16 states the rounding of the logits is far larger, see _logits.)
 
     Returns (logps, logsumexp, kept): (N,), (N, 1), and for each chunk of the vocabulary a pair of
     exps (N, v) and largest (N, 1), where exps = exp(z - largest). With `keep` the exps are kept up
@@ -1075,3 +1042,13 @@ def _copy_other_files(source, target):
         with _naming(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+# --- numbers to a device -------------------------------------------------------------------------
+
+def to_device(numbers, device, dtype=None):
+    """A list of numbers as a tensor. A GPU takes it from pinned memory, so that nobody waits."""
+    numbers = torch.tensor(numbers, dtype=dtype)
+    if torch.device(device or "cpu").type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)

@@ -162,11 +162,6 @@ def pair_loss(config, pairs, chosen_logps, rejected_logps):
     response's negative average to the loss of any method.
 
     chosen_logps, rejected_logps (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,)
-
-    To add an objective: 1. a function in alphapo.py, imported here; 2. a branch here; 3. a line of
-    METHODS with its knobs and their defaults, numbers all; 4. new knobs as fields of TrainConfig,
-    float | None, and in POSITIVE or FINITE; 5. if it needs a reference, it is made in open_run
-    where DPO's is; 6. if it needs more of a pair than two averages, head_and_loss changes.
     """
     knobs = {"beta": config.beta, "label_smoothing": config.label_smoothing}
     if config.method in ("alphapo", "simpo"):
@@ -212,8 +207,7 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
     grad_scale the gradient of `weight` (V, dim) is added to its .grad, by hand: autograd would make
     another (V, dim) for every group of pairs.
 
-    It runs forward and backward some pairs at a time. So what is kept of their logits for the
-    backward pass has room, and seldom has to be recomputed.
+    It runs some pairs at a time, forward and backward: as many as leave no logits to recompute.
     """
     training = grad_scale is not None
     grad_states = None
@@ -247,10 +241,10 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
 def groups_of(pairs, room):
     """Pairs in their order, in groups of at most `room` response tokens, or of one pair."""
     groups = []
-    left = 0
+    left = -1
     for pair in pairs:
         n = sum(pair.lengths[1:])
-        if n > left or not groups:
+        if n > left:
             groups.append([])
             left = room
         groups[-1].append(pair)
@@ -267,22 +261,18 @@ def run_rows(model, rows, config, grad_scale=None):
     """
     training = grad_scale is not None
     n_pairs = sum(len(row.indices) for row in rows)
+    results = torch.zeros(n_pairs, 5, dtype=torch.float64, device=model.device)
     rows = rows[dist.get_rank()::dist.get_world_size()]
-    of_rows = []
     for row in rows:
         if training:
             set_gradient_sync(
                 model, last_row=row is rows[-1], every_row=config.sync_every_micro_batch)
         if row.indices:
-            of_rows.append(run_row(model, row, config, grad_scale))
+            places = to_device(row.indices, model.device)
+            results[places] = run_row(model, row, config, grad_scale)
         else:
             # A filler (see pack): FSDP's collective operations need all ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
-
-    results = torch.zeros(n_pairs, 5, dtype=torch.float64, device=model.device)
-    if of_rows:
-        indices = [i for row in rows for i in row.indices]
-        results[to_device(indices, model.device)] = torch.cat(of_rows)
     dist.all_reduce(results)            # each pair is 0 but on its own rank; a NaN stays one
     return results
 
@@ -330,23 +320,6 @@ def learning_rate(step, total, config):
         return config.learning_rate * (step + 1) / warmup
     angle = math.pi * (step - warmup) / (total - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(angle))
-
-
-def make_optimizer(model, config):
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]         # norms, biases: not decayed
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    # The moments are made now. Else get_state_dict (checkpoint.py) would make them, by a step of
-    # its own, if it had to save before the first step that is applied.
-    for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -501,6 +474,22 @@ def main(config):
     finally:
         leave_ranks()
         unlock_all()
+
+
+def make_optimizer(model, config):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]         # norms, biases: not decayed
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    # The moments are made now: a run may have to be saved before the first step that is applied.
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def train(run):
