@@ -1,9 +1,9 @@
 PYTHON ?= python3
 
-.PHONY: help train check test faults mutants soak bench
+.PHONY: help train check test faults mutants gpu-mutants soak bench
 
 help:           ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: .venv/installed          ## align the embedded tiny model; ARGS="--seed 1" and the like are passed on
 	.venv/bin/torchrun train.py $(ARGS)
@@ -16,6 +16,9 @@ test: check                     ## the linter, then every test, in two processes
 
 mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)
+
+gpu-mutants: .venv/installed-tests      ## change the GPU path in 60 ways: does the dry run notice? 15 minutes on 2 cores
+	.venv/bin/python tests/gpu_mutants.py $(ARGS)
 
 faults: .venv/installed-tests   ## 180 faults on one and two ranks: is anything lost? ARGS="SIGTERM judge" picks by words; 15 minutes on 2 cores
 	.venv/bin/python tests/faults.py $(ARGS)

@@ -8,11 +8,20 @@ loaded, so the model's folder may hold config.json alone. A line for each number
 
     state           fp32 weights, gradients and two moments, over the ranks that they are sharded
                     over; exact
-    gathered        bf16 weights of the root and of two blocks; in bf16 and fp32 the gradients of
-                    one block or of the root, whichever is larger
-    activations     of a full row
-    logits          of one pair, up to KEPT_LOGITS, and of a chunk more
-    waiting         whole fp32 gradients, which wait between the rows of a step, if it has several
+    waiting         whole fp32 gradients, less their shards: they wait between the rows of a step,
+                    if a rank has several
+    activations     of a full row, kept for the backward pass
+    start           what is held in all while the root (embedding, norm, head) is gathered
+    head            ... while the head works on the longest pair of the last row
+    backward        ... while the backward pass is in the last block
+    step            ... while AdamW works
+    in all          the largest of these four
+
+Then a sentence says what each knob that is not set would save.
+
+DPO takes no more: its reference is two numbers a pair, computed before the first step. The counts
+are within 10 % of a dry run of the step (benchmarks/dry.py); on top come the workspaces of kernels,
+what the allocator loses, and NCCL, some 2 to 4 GB as a rule of thumb.
 """
 import argparse
 import os
@@ -30,57 +39,147 @@ from model import CHUNK_LOGITS, KEPT_LOGITS, Transformer, read_config
 NUMBERS = {"tokens_per_micro_batch": 8192, "max_length": 2048, "pairs_per_step": 128}
 SWITCHES = ("recompute", "sync_every_micro_batch", "shard_within_node", "cpu_offload")
 
+SAVERS = ("recompute", "sync_every_micro_batch", "cpu_offload")
+
 BF16, FP32 = 2, 4       # bytes
 GPUS_OF_A_NODE = 8
+PHASES = ("start", "head", "backward", "step")
 MOST = 10**12           # of any number that is given: what is more is a slip
 
 
-def kept_per_token(c, recompute):
-    """Numbers kept for the backward pass per token of a row, of a model with ModelConfig c."""
-    # In a block: the inputs of two norms and what follows them; queries, keys and values (those of
-    # prompt and rejected twice) and what comes of them (twice); gate and up.
+def kept_in_block(c):
+    """Numbers that a block keeps for the backward pass per token of a row."""
+    # The inputs of two norms and what follows them; queries, keys and values (those of prompt and
+    # rejected twice) and what comes of them (twice); gate and up.
     heads = 3 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim
-    block = 4 * c.dim + heads + 2 * c.hidden_dim
+    if c.qk_norm:
+        heads += (c.n_heads + c.n_kv_heads) * c.head_dim    # queries and keys before their norms
+    return 4 * c.dim + heads + 2 * c.hidden_dim
+
+
+def kept_per_token(c, recompute):
+    """Numbers kept per token of a row in the last block's backward pass, where most are."""
+    at_work = kept_in_block(c) if recompute else 0
+    return kept_at_head(c, recompute) + at_work
+
+
+def kept_at_head(c, recompute):
+    """The same, before the backward pass has begun."""
     if recompute:
-        return c.n_layers * c.dim + block       # the inputs of all blocks, and one block at work
-    return c.n_layers * block
+        return c.n_layers * c.dim       # the inputs of all blocks
+    return c.n_layers * kept_in_block(c)
+
+
+def kept_for_windows(c, args):
+    """Bytes of masks and repeated keys that a sliding window takes in a row of the longest pairs,
+    where these are longer than the window."""
+    length = args.max_length
+    if c.window is None or c.window >= length:
+        return 0
+    # Two sequences a pair, each with a mask of its own in every layer.
+    pairs = max(1, args.tokens_per_micro_batch // (2 * length))
+    masks = BF16 * 2 * pairs * length**2
+    repeated = BF16 * 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * 2 * pairs * length
+    layers = 1 if args.recompute else c.n_layers
+    return layers * (masks + repeated)
+
+
+def count_weights(c):
+    """Weights of the model and of one block."""
+    with torch.device("meta"):                  # takes no memory itself
+        model = Transformer(c)
+    n = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    return n, block
+
+
+def memory(c, args, gpus):
+    """{what: bytes} that each of `gpus` GPUs holds, by the names above, of a model with ModelConfig
+    c and train.py's fields in `args`."""
+    # 1. The sizes of the model.
+    n, block = count_weights(c)
+    root = n - c.n_layers * block               # embedding, last norm and head
+    head = c.vocab_size * c.dim
+    tokens = args.tokens_per_micro_batch
+
+    # 2. What rests: weights and two moments in shards, and the gradients of rows before this one.
+    shards = min(gpus, GPUS_OF_A_NODE) if args.shard_within_node else gpus
+    shard = 0 if args.cpu_offload else FP32 * n / shards        # in CPU memory then
+    several_rows = args.pairs_per_step > gpus * max(1, tokens // (2 * args.max_length))
+    gradients = 0
+    if several_rows:
+        gradients = shard if args.sync_every_micro_batch else FP32 * n
+    rest = 3 * shard + gradients
+
+    # 3. What comes and goes. Weights are gathered into one buffer, and copied from it into place.
+    windows = kept_for_windows(c, args)
+    activations = BF16 * tokens * kept_per_token(c, args.recompute) + windows
+    before = BF16 * tokens * kept_at_head(c, args.recompute)
+    if not args.recompute:
+        before += windows
+    logits = 2 * args.max_length * c.vocab_size                 # of a pair, at most
+    kept_logits = min(KEPT_LOGITS["gpu"], logits)
+    chunk = min(CHUNK_LOGITS["gpu"], logits)
+    start = BF16 * (2 * root + 2 * block)
+    at_head = BF16 * (root + head) + FP32 * kept_logits + (FP32 + BF16) * chunk
+    # In a block's backward pass: its weights and those of the next, its gradients, four tensors of
+    # the MLP's width. The fp32 gradients of the block before it are on their way to other ranks;
+    # what that one had kept is free again.
+    in_block = BF16 * (root + head + 2 * block) + BF16 * block
+    freed = BF16 * tokens * (c.dim if args.recompute else kept_in_block(c))
+    in_block += max(0, FP32 * block - freed)
+    in_mlp = BF16 * 4 * tokens * c.hidden_dim
+    return {
+        "state": 4 * shard,
+        "waiting": max(0, gradients - shard),
+        "activations": activations,
+        "start": rest + start,
+        "head": rest + at_head + before,
+        "backward": rest + in_block + in_mlp + activations,
+        "step": 4 * shard,
+    }
 
 
 def plan(args):
     """Prints what each GPU would hold at its fullest."""
-    # 1. The sizes of the model, which takes no memory itself.
     c = read_config(args.model)
-    with torch.device("meta"):
-        model = Transformer(c)
-    n = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = n - c.n_layers * block               # embedding, last norm and head
+    n, block = count_weights(c)
     tokens = args.tokens_per_micro_batch
-
-    # 2. What does not depend on the number of GPUs.
-    kept_logits = min(KEPT_LOGITS["gpu"], 2 * args.max_length * c.vocab_size)
-    parts = {
-        "gathered": BF16 * (root + 2 * block) + (BF16 + FP32) * max(root, block),
-        "activations": BF16 * tokens * kept_per_token(c, args.recompute),
-        "logits": FP32 * kept_logits + (FP32 + BF16) * CHUNK_LOGITS["gpu"],
-    }
-    waiting = 0 if args.sync_every_micro_batch else FP32 * n
     recomputing = "with" if args.recompute else "without"
     print(f"{args.model}: {n / 1e9:.2f} G parameters, {c.n_layers} blocks of {block / 1e6:.1f} M; "
           f"rows of {tokens} tokens, {recomputing} recomputation; GB a GPU:")
-
-    # 3. A line for each number of them.
-    titles = "".join(f"{name:>13}" for name in parts)
-    print(f"{'GPUs':>6}{'state':>10}{titles}{'waiting':>10}{'in all':>10}   a step")
-    for gpus in args.gpus:
-        shards = min(gpus, GPUS_OF_A_NODE) if args.shard_within_node else gpus
-        state = 0 if args.cpu_offload else 4 * FP32 * n / shards    # in CPU memory then
-        total = state + sum(parts.values()) + waiting
+    for i, gpus in enumerate(args.gpus):
+        parts = memory(c, args, gpus)
+        if i == 0:
+            titles = "".join(f"{name:>13}" for name in parts)
+            print(f"{'GPUs':>6}{titles}{'in all':>10}   a step")
         sizes = "".join(f"{size / 1e9:>13.1f}" for size in parts.values())
+        total = in_all(parts)
         mean_length = gpus * tokens / args.pairs_per_step
-        print(f"{gpus:>6}{state / 1e9:>10.1f}{sizes}{waiting / 1e9:>10.1f}{total / 1e9:>10.1f}   "
+        print(f"{gpus:>6}{sizes}{total / 1e9:>10.1f}   "
               f"{args.pairs_per_step} pairs, {args.pairs_per_step / gpus:g} a GPU; one row each, "
               f"and nothing waiting, up to {mean_length:.0f} tokens a pair")
+    print(savings(c, args, args.gpus[0]))
+
+
+def savings(c, args, gpus):
+    """What each knob that is not set would save on so many GPUs, as a sentence."""
+    now = in_all(memory(c, args, gpus))
+    changes = {f"--{name}": {name: True} for name in SAVERS if not getattr(args, name)}
+    half = args.tokens_per_micro_batch // 2
+    if half >= 2 * args.max_length:         # a pair has to fit
+        changes[f"--tokens_per_micro_batch {half}"] = {"tokens_per_micro_batch": half}
+    parts = []
+    for flag, change in changes.items():
+        changed = argparse.Namespace(**vars(args) | change)
+        parts.append(f"{flag} {(now - in_all(memory(c, changed, gpus))) / 1e9:.1f}")
+    if not parts:
+        return "No knob is left that saves memory, but more GPUs."
+    return f"On {gpus} GPUs would save, each alone, in GB: {', '.join(parts)}."
+
+
+def in_all(parts):
+    return max(parts[name] for name in PHASES)
 
 
 def parse_args(argv):

@@ -736,6 +736,16 @@ def test_the_plan_has_the_defaults_of_training_and_reads_its_recipes(tmp_path):
         plan.parse_args([str(tmp_path / "r.toml")])
 
 
+def test_the_plan_says_which_knob_saves_what(capsys):
+    flags = ["--model", str(MODEL), "--gpus", "2"]
+    plan.plan(plan.parse_args(flags))
+    assert re.search(r"On 2 GPUs would save, .*: --recompute \d.*, --sync_every_micro_batch \d.*, --cpu_offload \d.*, "
+                     r"--tokens_per_micro_batch 4096 \d", capsys.readouterr().out)
+    plan.plan(plan.parse_args([*flags, "--recompute", "--sync_every_micro_batch", "--cpu_offload",
+                               "--tokens_per_micro_batch", "4096"]))
+    assert "No knob is left" in capsys.readouterr().out
+
+
 SYNC = "--sync_every_micro_batch"
 EVERY_WAY = [[], [SYNC], [SYNC, "--no-recompute"]]
 MISTRAL, LLAMA = (4096, 32, 32, 32000), (4096, 32, 32, 128256)          # dim, layers, heads, vocabulary
@@ -760,7 +770,7 @@ def test_the_readme_shows_what_the_plan_prints(page, name, sizes, ways, tmp_path
     row = readme.index(f"| {name}")
     for way in ways:
         plan.plan(plan.parse_args(["--model", str(tmp_path), "--recompute", *way]))
-        totals = [line.split()[6] for line in capsys.readouterr().out.splitlines()[2:]]
+        totals = [line.split()[8] for line in capsys.readouterr().out.splitlines()[2:5]]
         cells = readme[row:].split("\n", 1)[0].split("|")[2:5]
         assert [float(cell) for cell in cells] == [round(float(total)) for total in totals]
         row = readme.index("\n", row) + 1

@@ -1,0 +1,918 @@
+"""What a GPU would be asked to do, op by op, without one: a dry run of train.py's own step.
+
+    python -m benchmarks.dry --model Llama-3-8B --gpus 8            # a minute on one core
+    python -m benchmarks.dry --model models/mine --gpus 64 --recompute --tokens 4096
+    python -m benchmarks.dry --model Llama-3-8B --decode 64         # sampling, 64 answers at a time
+    python -m benchmarks.dry --check                # plan.py against it: benchmarks/dry.json
+
+--model is a folder with a config.json, or one of SHAPES. Tensors are PyTorch's FakeTensors: they
+have a shape, a dtype and a device, and no numbers. Ranks are a fake process group, in which this
+process is rank 0. The device is a stand-in, registered as PrivateUse1, that passes for CUDA. So the
+project's code runs as it would on a GPU, and what is seen of it is exact: kernels and their dtypes,
+which kernel attention takes, where the host waits for the device, copies between the two,
+collective operations, bytes alive on the device. Not seen are workspaces inside kernels, what the
+allocator loses between blocks, and NCCL's buffers.
+
+The time is a prediction: every kernel takes what its work or its bytes take at the rates below,
+whichever is longer, and collective operations hide behind the blocks where FSDP has them overlap.
+Nothing of it was measured on a GPU.
+
+It takes a process of its own, because it changes PyTorch (stand_in_for_cuda).
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import distributed
+import plan
+import score
+import train
+from benchmarks.step import useful_flops
+from benchmarks.workers import machine
+from command import run_command
+from data.files import check_output, write_whole
+from data.preference import PreferencePair
+from model import Transformer, read_config
+from sampler import generate
+
+# Rates of an H100 (SXM) as they are reached by large kernels, not those of its data sheet.
+MATMUL_RATE = 650e12        # FLOP/s in bf16
+ATTENTION_RATE = 120e12     # FLOP/s of the causal half, forward and backward, at 1,000 tokens
+MEMORY_RATE = 2.8e12        # bytes/s read and written
+NODE_RATE = 300e9           # bytes/s of a GPU to the others of its node
+NETWORK_RATE = 50e9         # bytes/s of a GPU to other nodes
+SHORTEST_KERNEL = 2e-6      # seconds
+LAUNCH = 5e-6               # seconds of the host for each kernel
+PEAK = 989e12               # FLOP/s in bf16, what MFU is a share of
+GPUS_OF_A_NODE = 8
+
+WIDE = 1000                 # elements: from here on float64 costs
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+class Nothing:
+    """Streams and events: whatever is asked of them, they do nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_, **__: Nothing()
+
+
+class Backend(Nothing):
+    """What torch.cuda is to CUDA."""
+    Stream = Event = Nothing
+
+    def current_device(self):
+        return 0
+
+    def device_count(self):
+        return GPUS_OF_A_NODE
+
+    def is_available(self):
+        return True
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def stream(self, _):
+        return contextlib.nullcontext()
+
+    device = stream
+
+    def get_rng_state(self, *_):
+        Recorder.active.seen.rng_reads += 1
+        return torch.empty(16, dtype=torch.uint8)
+
+
+class GPU:
+    """The stand-in."""
+    device = None
+    library = None
+
+
+def on_gpu(t):
+    return isinstance(t, FakeTensor) and t.device.type == "dry"
+
+
+def stand_in_for_cuda():
+    """Registers the device and changes PyTorch so that it passes for CUDA: the only place that
+    does. For the rest of the process. Returns the device."""
+    if GPU.device is not None:
+        return GPU.device
+    _setup_privateuseone_for_python_backend("dry", Backend())
+    GPU.device = torch.device("dry", 0)
+
+    # FakeTensor asks for the numbers one by one; a GPU copies all at once, and the host waits.
+    FakeTensor.tolist = _tolist
+    # A mode is left while it handles Tensor.backward; recomputation needs it (Functions).
+    torch.autograd._engine_run_backward = _inside_functions(torch.autograd._engine_run_backward)
+    # FSDP and checkpoint free and fill the storages of gathered weights by this.
+    torch.UntypedStorage.resize_ = _resize
+    # DTensor finds out shapes by running each op once more, on tensors of the whole shape: no GPU
+    # sees those.
+    ShardingPropagator._propagate_tensor_meta_non_cached = _unseen(
+        ShardingPropagator._propagate_tensor_meta_non_cached)
+    # shard_model pins the host's pages if the device is called "cuda".
+    distributed.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=True)
+    # The mesh is made of real numbers, of the CPU.
+    distributed.device_mesh = _without_fakes(distributed.device_mesh)
+    # CUDA has a kernel of its own for these, where a device without one runs their formulas. It is
+    # never called: FakeTensor knows what comes of the op.
+    library = torch.library.Library("aten", "IMPL")
+    for op in ("silu_backward", "_fused_rms_norm"):
+        library.impl(op, _no_kernel, "PrivateUse1")
+    GPU.library = library           # what it registers ends with it
+    return GPU.device
+
+
+def _no_kernel(*_, **__):
+    raise NotImplementedError("the stand-in computes nothing")
+
+
+def _tolist(t):
+    if on_gpu(t):
+        Recorder.active.wait("tolist")
+
+    def zeros(shape):
+        return [zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
+    return zeros(tuple(t.shape))
+
+
+_whole_resize = torch.UntypedStorage.resize_
+
+
+def _resize(storage, size):
+    made = _whole_resize(storage, size)
+    if Recorder.active:
+        Recorder.active.resized(storage)
+    return made
+
+
+def _unseen(function):
+    def call(*args):
+        if Recorder.active is None:
+            return function(*args)
+        with Recorder.active.paused():
+            return function(*args)
+    return call
+
+
+def _inside_functions(function):
+    def call(*args, **kwargs):
+        if Recorder.active is None:
+            return function(*args, **kwargs)
+        with Functions():
+            return function(*args, **kwargs)
+    return call
+
+
+def _without_fakes(function):
+    def call(*args):
+        with unset_fake_temporarily():
+            return function(*args)
+    return call
+
+
+class Functions(TorchFunctionMode):
+    """What PyTorch decides by the device before any op is seen, decided as for CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            device = kwargs.pop("device", None)
+            return from_list(func(*args, **kwargs), args[0], device)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and on_gpu(args[0]):
+            # An index that is a list becomes a tensor on the host, then travels.
+            if isinstance(args[1], list):
+                index = torch.tensor(args[1], dtype=torch.long)
+                args = (args[0], from_list(index, args[1], GPU.device), *args[2:])
+        elif func is torch.Tensor.is_cuda.__get__ and on_gpu(args[0]):
+            return True
+        elif func is torch.Tensor.pin_memory:
+            return args[0]                              # pages of the host, which have no fakes
+        elif func is F.scaled_dot_product_attention and on_gpu(args[0]):
+            return cuda_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def from_list(t, numbers, device):
+    """What torch.tensor makes, which remembers the numbers it is made of. It is made on the host:
+    PyTorch would make it on a device that is not there."""
+    if isinstance(t, FakeTensor):
+        t.constant = None               # else ops on it are computed for real
+        t.numbers = numbers
+    return t if device is None else t.to(device)
+
+
+def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                   enable_gqa=False):
+    """The kernel that CUDA takes for F.scaled_dot_product_attention, by the rules of
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp for an H100. (B, H, T, D) each."""
+    groups = q.shape[1] // k.shape[1]
+    if groups != 1 and not enable_gqa:
+        raise ValueError(f"{q.shape[1]} heads against {k.shape[1]} without enable_gqa")
+    if is_causal and q.shape[2] != k.shape[2]:
+        raise ValueError("is_causal aligns to the left where queries are fewer than keys")
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    dense = all(t.stride(-1) == 1 for t in (q, k, v))
+    flash = half and dense and q.shape[3] <= 256 and attn_mask is None
+    efficient = dense and groups == 1 and q.shape[3] % 8 == 0
+    # cuDNN comes first where it may. It takes square causal calls and masks.
+    if half and dense and torch.backends.cuda.cudnn_sdp_enabled():
+        Recorder.active.attention_as = "cudnn"
+    if flash:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+    if efficient:
+        bias = None
+        if attn_mask is not None:
+            # A mask becomes numbers to add, in the dtype of the queries; rows are padded to 8.
+            Tk = k.shape[2]
+            padded = attn_mask.new_empty(
+                (*attn_mask.shape[:-1], Tk + -Tk % 8), dtype=q.dtype).copy_(
+                    F.pad(attn_mask, (0, -Tk % 8)))
+            bias = padded[..., :Tk].expand(*q.shape[:3], Tk)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, q.requires_grad, dropout_p, is_causal)[0]
+    Recorder.active.attention["math"] += 1
+    if groups != 1:
+        k = k.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+# --- what is seen ---------------------------------------------------------------------------------
+
+# Ops that launch nothing, beside views.
+HOST_OPS = set("""
+    empty empty_like empty_strided new_empty new_empty_strided detach lift_fresh alias _unsafe_view
+    set_ resize_ is_same_size record_stream device sym_size sym_stride sym_numel
+    sym_storage_offset _local_scalar_dense is_pinned wait_tensor
+""".split())
+MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm", "linear"}
+WRITES_ONLY = {"copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "full_like"}
+PICKS = {"index", "gather", "embedding", "index_select"}            # read what they return
+SCATTERS = {"index_put_", "scatter_add_", "index_add_", "scatter_"}     # touch a part of self
+# Sums over many numbers, and functions whose rounding shows: fp32 at least.
+EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum", "_softmax",
+        "logsumexp", "cos", "sin", "exp", "exp_", "log"}
+GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
+REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
+LAUNCHES = {"select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}     # a fill, a copy
+CHUNK = 65536               # elements a block of a foreach kernel takes; a launch has 320 blocks
+PHASES = ("layers, forward", "head", "layers, backward", "optimiser")
+
+
+@dataclass
+class Kernel:
+    """One launch: its time is that of its work or of its bytes, whichever is longer."""
+    name: str
+    kind: str               # matmul, attention, element by element, collective
+    flops: float = 0
+    bytes: int = 0
+    launches: int = 1
+
+    @property
+    def seconds(self):
+        rate = {"matmul": MATMUL_RATE, "attention": ATTENTION_RATE}.get(self.kind, math.inf)
+        return max(self.flops / rate, self.bytes / MEMORY_RATE, self.launches * SHORTEST_KERNEL)
+
+
+@dataclass
+class Collective:
+    name: str
+    dtype: str
+    bytes: int              # of the whole: what is gathered, or what is reduced
+    ranks: int
+
+
+@dataclass
+class Seen:
+    """Counts of one dry run."""
+    kernels: Counter = field(default_factory=Counter)       # kind -> launches
+    ops: Counter = field(default_factory=Counter)           # name -> launches
+    flops: Counter = field(default_factory=Counter)         # kind -> FLOPs
+    bytes: Counter = field(default_factory=Counter)         # kind -> bytes read and written
+    op_bytes: Counter = field(default_factory=Counter)      # name -> the same
+    seconds: Counter = field(default_factory=Counter)       # kind -> seconds, predicted
+    products: Counter = field(default_factory=Counter)      # dtypes of matmuls' operands
+    exact: Counter = field(default_factory=Counter)         # (op of EXACT, dtype that it returns)
+    optimiser: Counter = field(default_factory=Counter)     # dtypes of what AdamW reads and writes
+    wide: Counter = field(default_factory=Counter)          # ops with float64 -> most elements
+    attention: Counter = field(default_factory=Counter)     # the kernel that attention takes
+    waits: Counter = field(default_factory=Counter)         # what the host waits for
+    copies: Counter = field(default_factory=Counter)        # (direction, blocking) -> copies
+    copied: Counter = field(default_factory=Counter)        # direction -> bytes
+    collectives: list = field(default_factory=list)
+    rng_reads: int = 0          # of the state of the random generator: time of the host
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every op on the device, and the bytes alive there."""
+    active = None           # the one that is entered
+
+    def __init__(self, yes=True):
+        """yes: what a bool on the device is, if the host asks."""
+        super().__init__()
+        self.yes = yes
+        self.phase = PHASES[-1]
+        self.sizes = {}             # bytes of each storage alive, by its address
+        self.names = {}             # what made it
+        self.refs = {}
+        self.alive = 0
+        self._paused = 0
+        self.restart()
+
+    def restart(self):
+        """Forgets the counts, not what is alive."""
+        self.seen = Seen()
+        self.attention = self.seen.attention
+        self.attention_as = None
+        self.peak = self.alive
+        self.at_start = self.alive
+        self.phase_peaks = Counter()
+        self.at_peak = {}           # of each phase, what was alive at its peak: {what: bytes}
+
+    def __enter__(self):
+        Recorder.active = self
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        Recorder.active = None
+        return super().__exit__(*args)
+
+    @contextlib.contextmanager
+    def paused(self):
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def wait(self, name):
+        self.seen.waits[name] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # DTensor takes its ops apart first; what it makes of them comes here again.
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+
+        # 1. What depends on the numbers: the host waits for them, and gets some.
+        if name == "_local_scalar_dense":
+            (t,) = args
+            if on_gpu(t):
+                self.wait("item")
+            return self.yes if t.dtype == torch.bool else t.dtype.is_floating_point * 1.0 or 1
+        if name == "nonzero" and on_gpu(args[0]):
+            self.wait("nonzero")
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        if name == "index" and on_gpu(args[0]):
+            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            if masks:
+                self.wait("nonzero")
+                return args[0].new_empty((0, *args[0].shape[masks[0].dim():]))
+
+        out = func(*args, **kwargs)
+
+        # 2. Who reads and who writes, by the op's own schema.
+        read, written = _operands(func, args, kwargs, out)
+        tensors = read + written
+        if func.namespace == "prim" or not any(map(on_gpu, tensors)):
+            return out
+        for t in written:
+            self.made(t, name)
+        if name in HOST_OPS or func.is_view:
+            return out
+        for t in tensors:
+            if t.dtype == torch.float64 and t.numel() > WIDE:
+                self.seen.wide[name] = max(self.seen.wide[name], t.numel())
+        self.count(func, name, args, kwargs, read, written)
+        if name in ("_to_copy", "copy_", "clone"):
+            for t in read:
+                if hasattr(t, "numbers"):
+                    written[0].numbers = t.numbers
+        return out
+
+    def count(self, func, name, args, kwargs, read, written):
+        """Counts one op that launches."""
+        # 1. Copies between host and device.
+        if name in ("_to_copy", "copy_") and len({t.device.type for t in read + written}) > 1:
+            direction = "to the device" if on_gpu(written[0]) else "to the host"
+            at = 2 if name == "copy_" else 9
+            blocking = not kwargs.get("non_blocking", args[at] if len(args) > at else False)
+            self.seen.copies[direction, "blocking" if blocking else "not blocking"] += 1
+            self.seen.copied[direction] += sum(map(_bytes, written))
+            if blocking and direction == "to the host":
+                self.wait("copy")
+            return
+
+        # 2. Collective operations.
+        if func.namespace in ("c10d", "_c10d_functional"):
+            whole = max(map(_bytes, read + written))
+            self.seen.collectives.append(
+                Collective(name, _short(read[-1].dtype), whole, _group_size(args, kwargs)))
+            return
+
+        # 3. Kernels.
+        tensors = read + written
+        kernel = Kernel(name, "element by element", bytes=_traffic(name, read, written))
+        if name in MATMULS:
+            kernel.kind = "matmul"
+            a, b = [t for t in read if t.dim() >= 2][-2:]
+            kernel.flops = 2 * math.prod(a.shape) * b.shape[-1]
+            self.seen.products.update(_short(t.dtype) for t in (a, b))
+        elif "attention" in name or "attn" in name:
+            kernel.kind = "attention"
+            kernel.flops = attention_flops(func, args, kwargs)
+            which = [w for w in ("flash", "efficient", "cudnn", "varlen") if w in name]
+            self.attention[self.attention_as or which[0]] += 1
+            if "backward" not in name:
+                self.attention_as = None
+        elif name in LAUNCHES:
+            kernel.launches = LAUNCHES[name]
+        elif name.startswith(("_foreach", "_fused_adam")):
+            elements = sum(t.numel() for t in {id(t): t for t in written}.values())
+            kernel.launches = max(1, math.ceil(elements / CHUNK / 320))
+            if name == "_fused_adamw_":
+                self.seen.optimiser.update(_short(t.dtype) for t in tensors if on_gpu(t))
+        if name in EXACT:
+            self.seen.exact.update((name, _short(t.dtype)) for t in written)
+        self.seen.kernels[kernel.kind] += kernel.launches
+        self.seen.ops[name] += kernel.launches
+        self.seen.flops[kernel.kind] += kernel.flops
+        self.seen.bytes[kernel.kind] += kernel.bytes
+        self.seen.op_bytes[name] += kernel.bytes
+        self.seen.seconds[kernel.kind] += kernel.seconds
+
+    # Bytes alive: a storage counts from the op that makes it until Python or autograd lets it go.
+    def made(self, t, name):
+        if not on_gpu(t):
+            return
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = 0
+            self.names[key] = f"{name} {tuple(t.shape)} {_short(t.dtype)}"
+            self.refs[key] = weakref.ref(storage, lambda _: self.freed(key))
+            self.resized(storage)
+
+    def freed(self, key):
+        self.alive -= self.sizes.pop(key)
+        del self.names[key], self.refs[key]
+
+    def resized(self, storage):
+        key = storage._cdata
+        if key not in self.sizes:
+            return
+        size = storage.nbytes()
+        self.alive += size - self.sizes[key]
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.alive)
+        before = self.phase_peaks[self.phase]
+        self.phase_peaks[self.phase] = max(before, self.alive)
+        # What is alive is listed at every new peak that is 0.1 % above the last one listed.
+        listed = self.at_peak.get(self.phase)
+        if listed is None or self.alive > 1.001 * listed.total():
+            self.at_peak[self.phase] = Counter()
+            for k, name in self.names.items():
+                self.at_peak[self.phase][name] += self.sizes[k]
+
+
+def _operands(func, args, kwargs, out):
+    """(tensors that an op reads, tensors that it writes)"""
+    read = []
+    written = []
+    values = [*zip(func._schema.arguments, args)]
+    values += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+    for argument, value in values:
+        tensors = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written += tensors
+        if not writes or not argument.is_out and argument.name != "out":
+            read += tensors
+    if not written:
+        written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    return read, written
+
+
+def _group_size(args, kwargs):
+    for a in tree_leaves((args, kwargs)):
+        if isinstance(a, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(a).size()
+    return dist.get_world_size()
+
+
+def _bytes(t):
+    """Bytes of a tensor in memory: along an axis that is expanded they are read once."""
+    return t.itemsize * math.prod(n for n, s in zip(t.shape, t.stride()) if s)
+
+
+def _traffic(name, read, written):
+    if name in WRITES_ONLY:
+        read = [t for t in read if all(t is not w for w in written)]
+    if name in ("zeros_like", "ones_like", "new_zeros", "full_like"):
+        read = []
+    if name in PICKS:
+        return 2 * sum(map(_bytes, written))
+    if name in SCATTERS:
+        return 3 * sum(_bytes(t) for t in read if all(t is not w for w in written))
+    return sum(map(_bytes, read)) + sum(map(_bytes, written))
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def attention_flops(func, args, kwargs):
+    """FLOPs of an attention op, masked places left out. (B, H, T, D) or (T, H, D)"""
+    values = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
+    backward = any("grad" in name for name in values)
+    q = values["query"]
+    k = values["key"]
+    causal = values.get("is_causal", False)
+    window = values.get("window_size_left")
+    if values.get("window_size"):
+        window, right = values["window_size"]
+        causal = causal or right == 0
+    if window is not None and window < 0:
+        window = None
+    starts = next((values[n] for n in ("cum_seq_q", "cu_seq_q") if values.get(n) is not None), None)
+    if starts is None:
+        B, H, Tq, D = q.shape
+        lengths = [(Tq, k.shape[2])] * B
+    else:
+        # Where each sequence starts was a list once; if it is not known any more, all are alike.
+        H, D = q.shape[1:]
+        of_keys = next(values[n] for n in ("cum_seq_k", "cu_seq_k") if n in values)
+        n = len(starts) - 1
+        lengths = list(zip(_sizes(starts, len(q), n), _sizes(of_keys, len(k), n)))
+    seen = sum(_seen_keys(Tq, Tk, causal, window) for Tq, Tk in lengths)
+    return (10 if backward else 4) * H * D * seen
+
+
+def _sizes(starts, total, n):
+    if starts is not None and hasattr(starts, "numbers"):
+        return np.diff(starts.numbers).tolist()
+    return [total / n] * n
+
+
+def _seen_keys(Tq, Tk, causal, window):
+    """Pairs of a query and a key that it sees; queries are the last Tq of Tk tokens."""
+    if not causal:
+        return Tq * Tk
+    seen = Tq * (Tk - Tq / 2)
+    if window is not None and window < Tk:
+        hidden = Tk - window
+        full = max(0, hidden - Tq)          # queries before the first that hides anything
+        seen -= (hidden**2 - full**2) / 2
+    return seen
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+def _shape(kind, dim, hidden_dim, layers, heads, kv_heads, vocab, **more):
+    return {
+        "model_type": kind,
+        "hidden_size": dim,
+        "intermediate_size": hidden_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "max_position_embeddings": 32768,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False} | more
+
+
+SHAPES = {
+    "Llama-3-8B": _shape("llama", 4096, 14336, 32, 32, 8, 128256),
+    "Llama-3.2-1B": _shape("llama", 2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True),
+    "Mistral-7B": _shape("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=None),
+    "Mistral-7B-window": _shape("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096),
+    "Qwen2.5-7B": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064),
+    "Qwen3-8B": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128),
+}
+
+
+def config_of(model, layers=None):
+    """ModelConfig of a folder or of one of SHAPES, cut to so many layers."""
+    if model not in SHAPES:
+        return read_config(model)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = SHAPES[model] | ({"num_hidden_layers": layers} if layers else {})
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        return read_config(folder)
+
+
+def pairs_of(lengths, ref_logps=None):
+    """PreferencePairs of these (prompt, chosen, rejected) lengths; their tokens do not matter."""
+    pairs = []
+    for P, C, R in lengths:
+        parts = [np.zeros(n, np.int32) for n in (P, C, R)]
+        pairs.append(PreferencePair(*parts, ""))
+        pairs[-1].ref_logps = ref_logps
+    return pairs
+
+
+def join_fake_ranks(gpus, node=GPUS_OF_A_NODE):
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(node, gpus))
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+
+
+@contextlib.contextmanager
+def recording(yes=True):
+    """Everything inside runs on fakes; yields the Recorder."""
+    device = stand_in_for_cuda()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, Recorder(yes) as recorder, Functions():
+        recorder.device = device
+        yield recorder
+
+
+def model_on_gpu(c, config, recorder):
+    """A sharded Transformer as load_sharded makes it, without its numbers."""
+    with torch.device("meta"):
+        model = Transformer(c)
+    distributed.shard_model(model, config, recorder.device)
+    model.to_empty(device="cpu" if config.cpu_offload else recorder.device)
+    model.recompute = config.recompute
+    return model
+
+
+def in_bf16(build, recorder):
+    """A whole model with bf16 weights on the device, as for sampling and scoring."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with recorder.device:
+            return build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def noting_phases(recorder, model):
+    """Notes which part of a step is at work, so that each has a peak of its own."""
+    def enter(phase, function, then=None):
+        def call(*args, **kwargs):
+            recorder.phase = phase
+            made = function(*args, **kwargs)
+            recorder.phase = then or phase
+            return made
+        return call
+
+    patches = contextlib.ExitStack()
+    forward, head, backward, optimiser = PHASES
+    for owner, name, phase, then in (
+            (model, "response_states", forward, None), (train, "head_and_loss", head, backward),
+            (train, "clip_gradients", optimiser, None)):
+        whole = getattr(owner, name)
+        setattr(owner, name, enter(phase, whole, then))
+        patches.callback(setattr, owner, name, whole)
+    return patches
+
+
+def dry_step(c, config, pairs, gpus, node=GPUS_OF_A_NODE, steps=1):
+    """The Recorder of a whole step of train.py on rank 0 of `gpus`, on these pairs."""
+    join_fake_ranks(gpus, node)
+    with recording() as recorder:
+        model = model_on_gpu(c, config, recorder)
+        optimizer = train.make_optimizer(model, config)
+        with noting_phases(recorder, model):
+            for _ in range(steps):
+                recorder.restart()
+                outcome = train.train_step(model, optimizer, pairs, 1e-6, config)
+        recorder.rows = len(outcome.rows) // gpus
+        recorder.left = recorder.alive - recorder.at_start
+    return recorder
+
+
+def dry_score(c, config, pairs, gpus):
+    """The Recorder of train.score_pairs on these pairs: an evaluation, or DPO's reference."""
+    join_fake_ranks(gpus)
+    with recording() as recorder:
+        model = model_on_gpu(c, config, recorder)
+        recorder.restart()
+        train.score_pairs(model, pairs, config)
+        recorder.left = recorder.alive - recorder.at_start
+    return recorder
+
+
+def dry_rewards(c, prompt, answers):
+    """The Recorder of a reward model in bf16 that scores answers of these lengths."""
+    join_fake_ranks(1)
+    with recording() as recorder:
+        model = in_bf16(lambda: score.ScalarReward(c, {}), recorder)
+        model.score.weight.data = model.score.weight.data.float()
+        recorder.restart()
+        score.rewards(model, [1] * prompt, [[1] * n for n in answers])
+    return recorder
+
+
+def dry_sample(c, batch, prompt=1000, new_tokens=4, **settings):
+    """The Recorder of sampling `batch` answers to prompts of as many tokens, in bf16. `prefill` is
+    what was Seen in the first step, `seen` that of the last, which decodes alone."""
+    join_fake_ranks(1)
+    with recording(yes=False) as recorder:
+        model = in_bf16(lambda: Transformer(c), recorder)
+        recorder.restart()
+        steps = []
+
+        def note(*_):
+            steps.append(recorder.seen)
+            recorder.restart()
+
+        generate(
+            model, [[1] * prompt] * batch, seeds=[(0, i) for i in range(batch)], stop_ids={7},
+            max_new_tokens=new_tokens, batch_size=batch, progress=note, **settings)
+        recorder.prefill = steps[0]
+        recorder.seen = steps[-1]
+    return recorder
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
+    """{part: seconds} of what was Seen on one of `gpus`. In all: what the GPU takes, or what the
+    host takes to launch, whichever is longer, and the collectives that nothing hides."""
+    parts = dict(seen.seconds)
+    rate = NODE_RATE if gpus <= node else NETWORK_RATE
+    # Before the first block nothing hides the gathering of the root, nor behind the last one its
+    # reduction. These are the largest of their kind. The others hide, as far as there is room.
+    exposed = 0
+    total = 0
+    for kind in (GATHERS, REDUCTIONS):
+        sizes = [c.bytes for c in seen.collectives if c.name in kind and c.ranks > 1]
+        largest = max(sizes, default=0)
+        exposed += largest * sizes.count(largest) / rate
+        total += sum(sizes) / rate
+    busy = sum(parts.values())
+    parts["collectives, exposed"] = max(exposed, total - busy)
+    launching = LAUNCH * sum(seen.kernels.values())
+    parts["in all"] = max(busy, launching) + parts["collectives, exposed"]
+    return parts
+
+
+def summary(recorder, gpus):
+    """The dry run as numbers for JSON."""
+    seen = recorder.seen
+    gathered = sum(c.bytes for c in seen.collectives if c.name in GATHERS)
+    reduced = sum(c.bytes for c in seen.collectives if c.name in REDUCTIONS)
+    return {
+        "kernels": dict(seen.kernels),
+        "tflop": {kind: flops / 1e12 for kind, flops in seen.flops.items() if flops},
+        "gb_read_and_written": {kind: size / 1e9 for kind, size in seen.bytes.items()},
+        "attention": dict(seen.attention),
+        "waits": dict(seen.waits),
+        "copies": {", ".join(key): n for key, n in seen.copies.items()},
+        "gb_gathered": gathered / 1e9,
+        "gb_reduced": reduced / 1e9,
+        "seconds": predicted_seconds(seen, gpus),
+        "peak_gb": recorder.peak / 1e9,
+        "phases_gb": {phase: size / 1e9 for phase, size in recorder.phase_peaks.items()},
+    }
+
+
+def show(recorder, gpus, useful=0, ops=12):
+    """Prints a dry run."""
+    seen = recorder.seen
+    parts = predicted_seconds(seen, gpus)
+    print(f"{'kernels':32}{'number':>8}{'TFLOP':>10}{'GB':>10}{'seconds':>10}")
+    for kind, n in seen.kernels.most_common():
+        print(f"{kind:32}{n:>8}{seen.flops[kind] / 1e12:>10.1f}{seen.bytes[kind] / 1e9:>10.1f}"
+              f"{parts[kind]:>10.4f}")
+    for name, size in seen.op_bytes.most_common(ops):
+        print(f"    {name:28}{seen.ops[name]:>8}{'':10}{size / 1e9:>10.1f}")
+    sizes = Counter()
+    numbers = Counter()
+    for c in seen.collectives:
+        sizes[c.name, c.dtype] += c.bytes
+        numbers[c.name, c.dtype] += 1
+    for key, size in sizes.items():
+        print(f"{' '.join(key):32}{numbers[key]:>8}{'':10}{size / 1e9:>10.1f}")
+    print(f"attention by {dict(seen.attention)}; waits {dict(seen.waits)}; copies "
+          f"{ {', '.join(key): n for key, n in seen.copies.items()} }")
+    print(f"predicted {parts['in all']:.4f} s, of it {parts['collectives, exposed']:.4f} s of "
+          f"collectives that nothing hides; MFU {useful / parts['in all'] / PEAK:.1%}")
+    phases = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in recorder.phase_peaks.items())
+    print(f"peak {recorder.peak / 1e9:.2f} GB a GPU: {phases}")
+
+
+# --- plan.py, checked -----------------------------------------------------------------------------
+
+CHECKED = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B", "Qwen2.5-7B", "Qwen3-8B")
+KNOBS = (
+    {}, {"recompute": True}, {"sync_every_micro_batch": True},
+    {"recompute": True, "sync_every_micro_batch": True}, {"cpu_offload": True, "recompute": True})
+LONGEST = (96, 1952, 1952)      # of 2,048 tokens with either response; two fill a row
+
+
+def check_plan(model, gpus, knobs, layers=None, lengths=LONGEST, **sizes):
+    """(bytes a GPU by plan.py, bytes at the peak of a dry step, the Recorder)"""
+    node = GPUS_OF_A_NODE
+    config = train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16",
+        **{"pairs_per_step": 4 * gpus if gpus <= node else 2 * gpus} | knobs | sizes))
+    pairs = pairs_of([lengths] * config.pairs_per_step)
+    recorder = dry_step(config_of(model, layers), config, pairs, gpus)
+    args = argparse.Namespace(**{
+        name: getattr(config, name) for name in (*plan.NUMBERS, *plan.SWITCHES)})
+    parts = plan.memory(config_of(model, layers), args, gpus)
+    return max(parts[phase] for phase in plan.PHASES), recorder.peak, recorder
+
+
+def check_all():
+    """A row for each model, number of GPUs and knobs, at full depth. For benchmarks/dry.json."""
+    rows = []
+    for model in CHECKED:
+        for gpus in (8, 64):
+            for knobs in KNOBS:
+                planned, peak, recorder = check_plan(model, gpus, knobs)
+                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs),
+                             "plan_gb": planned / 1e9} | summary(recorder, gpus))
+                print(f"{model:14}{gpus:>4} GPUs  {planned / 1e9:6.1f} GB by plan.py, "
+                      f"{peak / 1e9:6.1f} in the dry run: {planned / peak:.3f}  "
+                      f"{' '.join(knobs)}", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A step on GPUs, op by op, without any.")
+    parser.add_argument("--model", default="Llama-3-8B", help=f"folder, or {', '.join(SHAPES)}")
+    parser.add_argument("--layers", type=int, help="fewer than the model has (of SHAPES)")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a row")
+    parser.add_argument("--pairs", type=int, default=128, help="a step")
+    parser.add_argument("--lengths", type=int, nargs=3, default=[200, 412, 412],
+                        help="of prompt, chosen and rejected")
+    parser.add_argument("--method", default="alphapo")
+    for name in plan.SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--decode", type=int, metavar="BATCH", help="sampling instead of training")
+    parser.add_argument("--check", action="store_true", help="plan.py on five models; an hour")
+    parser.add_argument("--output", help="JSON file")
+    args = parser.parse_args()
+    if args.output:
+        check_output(args.output)
+    began = time.perf_counter()
+    if args.check:
+        results = {"rows": check_all()}
+    elif args.decode:
+        recorder = dry_sample(config_of(args.model, args.layers), args.decode)
+        show(recorder, 1)
+        seconds = predicted_seconds(recorder.seen, 1)["in all"]
+        print(f"{args.decode / seconds:.0f} tokens/s predicted")
+        results = summary(recorder, 1)
+    else:
+        knobs = {name: getattr(args, name) for name in plan.SWITCHES}
+        config = train.resolve_config(train.TrainConfig(
+            model="-", data=["-"], compute_dtype="bfloat16", method=args.method,
+            tokens_per_micro_batch=args.tokens, pairs_per_step=args.pairs, **knobs))
+        c = config_of(args.model, args.layers)
+        lengths = [tuple(args.lengths)] * args.pairs
+        recorder = dry_step(c, config, pairs_of(lengths, (-1.0, -1.0)), args.gpus)
+        useful = useful_flops(c, lengths) / args.gpus
+        show(recorder, args.gpus, useful)
+        results = summary(recorder, args.gpus)
+    print(f"{time.perf_counter() - began:.0f} s")
+    if args.output:
+        results = machine() | {"arguments": vars(args)} | results
+        write_whole(args.output, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
