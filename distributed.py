@@ -154,8 +154,11 @@ def _message(error):
     # A rank that dies shows on the others as a collective operation that fails.
     of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     if of_gloo or isinstance(error, dist.DistError):
+        lines = str(error).strip().splitlines()
+        if "NCCL" in lines[0] and len(lines) > 1:       # its own reason comes last
+            lines[0] += f"; {lines[-1].strip()}; NCCL_DEBUG=INFO tells more"
         return ("another rank died, or did not answer in the minutes that ranks wait for each "
-                f"other ({str(error).splitlines()[0]})")
+                f"other ({lines[0]})")
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return traceback.format_exc()

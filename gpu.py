@@ -173,3 +173,30 @@ class Captured:
         with torch.cuda.graph(graph, pool=self.memory):
             out = self.function(*inputs)
         return graph, out
+
+
+# --- how fast -------------------------------------------------------------------------------------
+
+# FLOP/s in bf16 without sparsity, of the makers' data sheets, by words of a device's name.
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
+    "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
+
+
+def peak_flops(device):
+    """What a GPU is made for, None if it is not among PEAKS."""
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in PEAKS.items() if words in name), None)
+
+
+def useful_flops(c, lengths):
+    """FLOP of a step of a model with ModelConfig c that computes prompts once, logits of response
+    tokens only, and causal attention. The backward pass is twice the forward pass."""
+    block = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
+    total = 0
+    for P, C, R in lengths:
+        seen = P * P / 2 + (P * C + C * C / 2) + (P * R + R * R / 2)    # pairs of query and key
+        blocks = 2 * block * (P + C + R) + 4 * c.n_heads * c.head_dim * seen
+        head = 2 * c.dim * c.vocab_size * (C + R)
+        total += c.n_layers * blocks + head
+    return 3 * total

@@ -1047,8 +1047,9 @@ def _copy_other_files(source, target):
 # --- numbers to a device -------------------------------------------------------------------------
 
 def to_device(numbers, device, dtype=None):
-    """A list of numbers as a tensor. A GPU takes it from pinned memory, so that nobody waits."""
-    numbers = torch.tensor(numbers, dtype=dtype)
-    if torch.device(device or "cpu").type == "cuda":
+    """Numbers of the CPU, a list or a tensor, as a tensor of the device. A GPU takes them from
+    pinned memory, so that nobody waits."""
+    numbers = torch.as_tensor(numbers, dtype=dtype)
+    if torch.device(device or "cpu").type != "cpu":
         numbers = numbers.pin_memory()
     return numbers.to(device, non_blocking=True)

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+import gpu
 from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics
 from checkpoint import (
     check_same_run, check_space, claim_output, finish_checkpoint, identity_of, load_checkpoint,
@@ -117,6 +118,7 @@ class TrainConfig:
     # Looking and saving.
     save_every: int = 0                 # steps between checkpoints; 0: at the end, or where a
                                         # signal stops the run: a crash then loses all of it
+    peak_tflops: float = 0              # of a GPU in bf16, for the metric mfu; 0: of known ones
     keep_last: int = 2                  # checkpoints kept, older ones are deleted; 0: all
     eval_every: int = 0                 # steps between evaluations; 0: before and after training
     judge: str = ""                     # FILE.py:FUNCTION, called with (prompt turns, answer)
@@ -144,8 +146,8 @@ CALL = ("resume",)
 # the tokens of the pairs are compared instead (checkpoint.identity_of).
 MAY_CHANGE = (
     *PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
-    "compile", "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every",
-    "skip_bad_lines", "as_it_stands")
+    "compile", "peak_tflops", "sync_every_micro_batch", "timeout_minutes", "save_every",
+    "keep_last", "eval_every", "skip_bad_lines", "as_it_stands")
 CACHE_BYTES = 20 * 10**6        # smaller data is tokenised in a few seconds
 MAX_SKIPPED = 3                 # steps in a row that are not finite; then the run gives up
 RETRY_SECONDS = 60              # between two tries to save the end of a run on a full disk
@@ -185,7 +187,7 @@ def run_row(model, row, config, grad_scale=None):
     """Scores the B pairs of a packed row: results (B, 5). To train, grad_scale is given: then it
     also adds the gradient of grad_scale * (sum of losses) to .grad of the weights."""
     # 1. The layers, for the whole row: states that predict the N response tokens, and those tokens.
-    tokens = row.tokens.to(model.device)                                        # (T,)
+    tokens = to_device(row.tokens, model.device)                                # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
 
     # 2. Head and loss. FSDP keeps the root's weights (the head's is one) gathered after the forward
@@ -206,7 +208,6 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
     states (N, dim) predict the targets (N,), the response tokens of pair after pair. With
     grad_scale the gradient of `weight` (V, dim) is added to its .grad, by hand: autograd would make
     another (V, dim) for every group of pairs.
-
     It runs some pairs at a time, forward and backward: as many as leave no logits to recompute.
     """
     training = grad_scale is not None
@@ -268,8 +269,8 @@ def run_rows(model, rows, config, grad_scale=None):
             set_gradient_sync(
                 model, last_row=row is rows[-1], every_row=config.sync_every_micro_batch)
         if row.indices:
-            places = to_device(row.indices, model.device)
-            results[places] = run_row(model, row, config, grad_scale)
+            of_pairs = run_row(model, row, config, grad_scale)
+            results.index_copy_(0, to_device(row.indices, model.device), of_pairs)
         else:
             # A filler (see pack): FSDP's collective operations need all ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
@@ -284,8 +285,8 @@ class StepOutcome:
     results: torch.Tensor           # (B, 5), on every rank
     rows: list[PackedPairs]         # what the pairs were packed into
     grad_norm: float                # before clipping
-    applied: bool                   # False: a result or grad_norm was not finite, so that the
-                                    # weights and moments stayed as they were
+    applied: bool                   # False: not all was finite, weights and moments stayed
+    seconds: float                  # that forward and backward passes took
 
 
 def train_step(model, optimizer, pairs, rate, config):
@@ -298,23 +299,23 @@ def train_step(model, optimizer, pairs, rate, config):
 
     # 2. The gradient of the mean loss over all B pairs. FSDP divides the sum over ranks by `world`,
     #    so each rank scales its losses by world / B.
+    began = time.perf_counter()
     results = run_rows(model, rows, config, grad_scale=world / len(pairs))
     grad_norm = clip_gradients(model, config.max_grad_norm)
+    seconds = time.perf_counter() - began       # of all that the GPU did: clipping waits for it
 
-    # 3. The step, unless something is not finite. All ranks have the same numbers, and so decide
-    #    alike.
+    # 3. The step, unless something is not finite: the numbers of all ranks are the same.
     for group in optimizer.param_groups:
         group["lr"] = rate
     applied = math.isfinite(grad_norm) and results.isfinite().all().item()
     if applied:
         optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(results, rows, grad_norm, applied)
+    return StepOutcome(results, rows, grad_norm, applied, seconds)
 
 
 def learning_rate(step, total, config):
-    """The learning rate of step 0 to total - 1: a linear warm-up, whose first step is not 0, then a
-    cosine towards zero."""
+    """Of steps 0 to total - 1: a linear warm-up, not from 0, then a cosine towards zero."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -446,6 +447,7 @@ class Run:
     # log-probs of all pairs at step 0.
     progress: dict
     noted: Noted | None = None          # the signals that came
+    seconds_between: float = 0.0        # from the last step to the one in hand
     unlogged: list[dict] = field(default_factory=list)      # lines that the disk had no room for
 
     def log(self, *lines):
@@ -504,10 +506,11 @@ def train(run):
         evaluated = [line["step"] for line in run.evaluations]
         if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
             evaluate(run, first)
-        began = time.perf_counter()
+        began = step_ended = time.perf_counter()
         for i in range(first, n_steps):
             # 1. The step.
             step_began = time.perf_counter()
+            run.seconds_between = step_began - step_ended
             pairs = [run.pairs[j] for j in run.steps[i]]
             rate = learning_rate(i, n_steps, config)
             outcome = train_step(run.model, run.optimizer, pairs, rate, config)
@@ -517,10 +520,10 @@ def train(run):
             progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if skipped else 0
 
             # 2. Print it and log it.
-            now = time.perf_counter()
-            metrics = step_metrics(run, outcome, pairs, rate, now - step_began)
+            step_ended = time.perf_counter()
+            metrics = step_metrics(run, outcome, pairs, rate, step_ended - step_began)
             run.log(metrics)
-            left = (now - began) / (i + 1 - first) * (n_steps - i - 1)
+            left = (step_ended - began) / (i + 1 - first) * (n_steps - i - 1)
             say(step_line(metrics, n_steps, left))
             if skipped:
                 say(skipped_line(outcome, metrics))
@@ -738,7 +741,7 @@ def step_metrics(run, outcome, pairs, rate, seconds):
     metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
     is_clipped = outcome.applied and outcome.grad_norm > run.config.max_grad_norm
     metrics["clipped"] = int(is_clipped)        # the mean over steps is the share of clipped ones
-    metrics |= work_of(outcome.rows, seconds)
+    metrics |= work_of(outcome.rows, seconds) | speed_of(run, outcome, seconds)
     metrics["skipped"] = run.progress["skipped"]
     if not outcome.applied:
         # Where all losses are finite and the gradient is not, it may be any of the pairs.
@@ -761,6 +764,23 @@ def work_of(rows, seconds):
         "micro_batches": len(rows) // world,
         "imbalance": waited_for * world / total,        # 1 is even
         "tokens_per_second": total / seconds}
+
+
+def speed_of(run, outcome, seconds):
+    """Where a step's time went, and what a GPU had to hold and made of it."""
+    speed = {
+        "seconds": seconds,
+        "seconds_rows": outcome.seconds,                # of these, forward and backward passes
+        "seconds_between": run.seconds_between}         # before: saving, evaluating, printing
+    device = run.model.device
+    if device.type != "cpu":
+        speed["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9     # of rank 0
+        peak = run.config.peak_tflops * 1e12 or gpu.peak_flops(device)
+        if peak:
+            lengths = [n for row in outcome.rows if row.indices for n in row.lengths]
+            flops = gpu.useful_flops(run.model.config, lengths)
+            speed["mfu"] = flops / seconds / dist.get_world_size() / peak
+    return speed
 
 
 def step_line(m, n_steps, seconds_left):
@@ -938,10 +958,10 @@ def _each(value, function):
 POSITIVE = (
     "beta", "learning_rate", "max_grad_norm", "pairs_per_step", "epochs", "max_length",
     "max_prompt_length", "tokens_per_micro_batch", "max_new_tokens", "timeout_minutes")
-FINITE = ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay")
+FINITE = ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay", "peak_tflops")
 NOT_NEGATIVE = (
     "sft_weight", "weight_decay", "max_steps", "eval_every", "eval_pairs", "seed", "save_every",
-    "keep_last")
+    "keep_last", "peak_tflops")
 DTYPES = {      # "": a default
     "save_dtype": ("", "float32", "bfloat16", "float16", "float64"),
     "weight_dtype": ("float32", "float64"),

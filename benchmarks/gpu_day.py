@@ -36,12 +36,13 @@ from torch.profiler import ProfilerActivity, profile
 import gpu
 from benchmarks.lengths import pair_lengths
 from benchmarks.scaling import random_pairs
-from benchmarks.step import useful_flops, write_pairs
+from benchmarks.step import write_pairs
 from benchmarks.workers import ROOT, WARM_UP, Worker, machine
 from command import run_command
 from data.files import check_output, write_whole
 from data.preference import pack
 from distributed import join_ranks, leave_ranks, shard_model
+from gpu import useful_flops
 from model import ModelConfig, Transformer, causal_attention, pair_attention, read_config
 from sampler import decode_attention, generate
 from train import TrainConfig, make_optimizer, resolve_config, run_rows, train_step

@@ -17,8 +17,8 @@ where a turn is {"role": "system" | "user" | "assistant", "content": "..."}. dat
 which columns may hold or change the prompt, and what is refused because it is not text (tools,
 images); other columns are ignored.
 
-A record of another shape is a bad line, and named by file and line. A pair that cannot teach
-anything (identical answers) or is too long is dropped and counted. Nothing is ever cut short.
+A record of another shape is a bad line, and named by file and line. A pair of identical answers, or
+one that is too long, is dropped and counted. Nothing is ever cut short.
 """
 import hashlib
 import heapq

@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.utils.flop_counter     # compiling imports it, which needs the real operator
 
+import distributed
 import gpu
+import train
+from data.preference import pack
+from model import ModelConfig
 from sampler import generate
 from score import rewards
 from small import random_pairs, sequence_logp, small_model
-from data.preference import pack
 
 MODELS = {"llama": {}, "window": {"model_type": "mistral", "sliding_window": 6},
           "mha": {"num_key_value_heads": 4}, "qwen3": {"model_type": "qwen3", "head_dim": 8}}
@@ -193,3 +196,61 @@ def test_answers_are_the_same_with_graphs(flash, graphs, tmp_path, batch_size):
                     batch_size=batch_size, samples=2)
     assert generate(fast, prompts, **settings) == generate(plain, prompts, **settings)
     assert len(graphs) == len(set(graphs)) and max(graphs) == batch_size
+
+
+# --- metrics and errors ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA B200", 2250e12), ("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 4090", None)])
+def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert gpu.peak_flops(torch.device("cuda")) == peak
+
+
+def test_useful_work_is_six_flop_a_weight_and_token_beside_attention():
+    c = ModelConfig(vocab_size=1000, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=128,
+                    norm_eps=1e-5, rope_theta=1e4, max_positions=100)
+    block = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64 + 3 * 64 * 128
+    attention = 0
+    for queries in ([(range(10), 0), (range(20), 10), (range(5), 10)],):        # of P, C and R, and keys before them
+        attention += sum(i + before + 0.5 for places, before in queries for i in places)
+    expected = 6 * (3 * block * 35 + 1000 * 64 * 25) + 3 * 3 * 4 * 4 * 16 * attention
+    assert gpu.useful_flops(c, [(10, 20, 5)]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("peak_tflops, mfu", [(0, 0.5), (989 / 4, 2.0)])
+def test_the_mfu_is_useful_work_of_all_pairs_against_the_peak_of_all_ranks(monkeypatch, peak_tflops, mfu):
+    rows = [SimpleNamespace(indices=[0], lengths=[(1, 2, 3)]), SimpleNamespace(indices=[], lengths=[(9, 9, 9)]),
+            SimpleNamespace(indices=[1, 2], lengths=[(4, 5, 6), (7, 8, 9)])]
+    monkeypatch.setattr(gpu, "useful_flops", lambda config, lengths: 989e12 * len(lengths))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 10**9)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    model = SimpleNamespace(device=torch.device("cuda"), config=None)
+    run = SimpleNamespace(model=model, config=SimpleNamespace(peak_tflops=peak_tflops), seconds_between=0.25)
+    speed = train.speed_of(run, SimpleNamespace(rows=rows, seconds=2.5), seconds=3.0)
+    assert speed == {"seconds": 3.0, "seconds_rows": 2.5, "seconds_between": 0.25, "peak_memory_gb": 5.0,
+                     "mfu": pytest.approx(mfu)}
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/ProcessGroupNCCL.cpp:94, remote process exited or there was a network error, NCCL "
+        "version 2.28.9\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting.\n"
+        "Last error:\nNET/Socket: remote peer has closed the connection"),
+     ["another rank died", "NCCL error in", "remote peer has closed the connection", "NCCL_DEBUG=INFO"]),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     ["CUDA out of memory", "plan.py", "--recompute", "--tokens_per_micro_batch"])])
+def test_errors_of_a_gpu_are_a_line_with_what_to_do(monkeypatch, capsys, error, words):
+    ended = []
+    monkeypatch.setattr(distributed, "end_rank", lambda status, world: ended.append(status))
+    monkeypatch.setattr(distributed, "open_streams", lambda: None)
+
+    def main():
+        raise error
+    distributed.run_rank(main, train.advice)
+    message = capsys.readouterr().err
+    assert ended == [1] and message.startswith("error: ") and "Traceback" not in message
+    for word in words:
+        assert word in message
