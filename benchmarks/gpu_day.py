@@ -9,9 +9,10 @@ Parts, which --only picks:
     card        what matrix products and copies reach on this card
     exact       flash attention against float64; log-probs and gradients in bf16 against fp32
     run         train.py by torchrun with NCCL: train, save, be resumed
-    steps       whole steps by model and setting: tokens/s, MFU, peak memory, kernels, waits
     sampler     tokens/s of an 8B model by batch, with a CUDA graph and without
     trl         the same pairs by TRL
+    steps of X  whole steps of a model by setting: tokens/s, MFU, peak memory, kernels, waits. Of
+                Llama-3-8B 8 layers, as more have no room on one GPU
 
 Whole steps of train.py in mixed precision under FSDP2, on random weights in the shapes of real
 models. Each step has new pairs, as in training: kernels that plan for each shape show what they
@@ -255,30 +256,21 @@ def _lines(command, output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def steps(device, args):
-    """{model: {setting: figures}}"""
+def steps(device, args, name, layers=None):
+    """{setting: figures} of a model, or of one that is cut to a few layers."""
     found = {}
-    if args.small:
-        jobs = [("small", None)]
-    else:
-        jobs = [("Llama-3-8B", 8), ("Llama-3.2-1B", None), ("Llama-3.2-3B", None)]
-    for name, layers in jobs:
-        c = shape(name, layers)
-        title = f"{name}, {layers} of its layers" if layers else name
-        found[title] = {}
-        model = sharded_model(c, train_config(args), device)
-        optimizer = make_optimizer(model, train_config(args))
-        settings = ["kept", "recomputed", "recomputed, rows of twice the tokens"]
-        if layers or args.small:
-            settings += ["kept, plain attention", "kept, cuDNN's attention", "kept, compiled"]
-        for setting in settings:
-            figures = measure_steps(model, optimizer, c, setting, device, args)
-            found[title][setting] = figures
-            print(f"{title}, {setting}: {figures['tokens_per_second']:.0f} tokens/s, MFU "
-                  f"{figures['mfu']:.1%}, peak {figures['peak_bytes'] / 1e9:.1f} GB, "
-                  f"{figures['kernels']} kernels and {figures['waits']} waits a step", flush=True)
-        del model, optimizer
-        free(device)
+    c = shape("small" if args.small else name, layers)
+    model = sharded_model(c, train_config(args), device)
+    optimizer = make_optimizer(model, train_config(args))
+    settings = ["kept", "recomputed", "recomputed, rows of twice the tokens"]
+    if layers:
+        settings += ["kept, plain attention", "kept, cuDNN's attention", "kept, compiled"]
+    for setting in settings:
+        figures = measure_steps(model, optimizer, c, setting, device, args)
+        found[setting] = figures
+        print(f"{name}, {c.n_layers} layers, {setting}: {figures['tokens_per_second']:.0f} "
+              f"tokens/s, MFU {figures['mfu']:.1%}, peak {figures['peak_bytes'] / 1e9:.1f} GB, "
+              f"{figures['kernels']} kernels and {figures['waits']} waits a step", flush=True)
     return found
 
 
@@ -471,7 +463,16 @@ def write_folder(folder, c, device):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-PARTS = {"card": card, "exact": exact, "run": run, "sampler": sampler, "trl": trl, "steps": steps}
+PARTS = {
+    "card": card,
+    "exact": exact,
+    "run": run,
+    "sampler": sampler,
+    "trl": trl,
+    "steps of 8B": partial(steps, name="Llama-3-8B", layers=8),
+    "steps of 1B": partial(steps, name="Llama-3.2-1B"),
+    "steps of 3B": partial(steps, name="Llama-3.2-3B"),
+}
 
 
 def measure(args):
