@@ -240,6 +240,11 @@ def run(device, args):
             if file.is_file():
                 file.unlink()
         again = _lines([*command, "--resume"], output)
+        _done([sys.executable, "generate.py", "--model", str(output / "step-000012"), "--prompt",
+               "Sort from A to Z: pear, apple", "--max_new_tokens", "20", "--samples", "4"])
+        dpo = Path(folder) / "dpo"
+        _lines([*command[:6], "train.py", "--method", "dpo", "--output", str(dpo), "--max_steps",
+                "2"], dpo)
     losses = [line["loss"] for line in first if "loss" in line]
     resumed = [line["loss"] for line in again if "loss" in line]
     evaluations = [line["eval_loss"] for line in first if "eval_loss" in line]
@@ -249,10 +254,14 @@ def run(device, args):
     return {"seconds": seconds, "losses": losses, "resumed": resumed, "eval_losses": evaluations}
 
 
-def _lines(command, output):
+def _done(command):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"train.py failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(f"{command} failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def _lines(command, output):
+    _done(command)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
