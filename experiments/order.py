@@ -247,7 +247,8 @@ def draw(rows):
     import matplotlib.pyplot as plt
     from plot import style
 
-    figure, axes = plt.subplots(len(PLACES), len(LABELS), figsize=(10, 7), sharey="row")
+    figure, axes = plt.subplots(len(PLACES), len(LABELS), figsize=(10, 7.5), sharey="row",
+                                layout="constrained")
     colors = {"right": "tab:blue", "wrong": "tab:red", "all": "black"}
     for panels, place in zip(axes, PLACES):
         for panel, labels in zip(panels, LABELS):
@@ -267,8 +268,9 @@ def draw(rows):
             panel.axhline(0, color="grey", linewidth=0.8)
             panel.set_xticks(range(len(ALPHAS)), [f"{alpha:g}" for alpha in ALPHAS])
             style(panel, f"pairs {PLACES[place]}, {labels} labels", "alpha",
-                  "chosen log-prob, 0.001 nats a token")
-    axes[0, 0].legend(fontsize=7, frameon=False)
+                  "chosen log-prob less SimPO's, 0.001 nats")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=3,
+                  fontsize=8, frameon=False)
     return figure
 
 
@@ -280,7 +282,6 @@ def main(argv=None):
     rows = [row for _, row in read_jsonl(RESULTS)] if RESULTS.exists() else []
     if args.plot:
         figure = draw(rows)
-        figure.tight_layout()
         figure.savefig(args.plot, dpi=130)
         return
     if not args.table:

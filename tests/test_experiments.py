@@ -160,6 +160,20 @@ def test_a_split_holds_out_the_same_pairs_whatever_is_flipped():
     assert order.split(1752, 0.4, 4)[0] != held_out
 
 
+def test_most_wrong_pairs_of_noisy_labels_are_flipped_ones():
+    _, pairs, start = order.tiny_pairs()
+    shares = []
+    for seed in order.SEEDS:
+        _, trained_on, flipped = order.split(len(pairs), 0.4, seed)
+        labelled = start.clone()
+        labelled[flipped] = labelled[flipped].flip(1)
+        wrong = {i for i in trained_on if not labelled[i, 0] > labelled[i, 1]}
+        shares.append(len(wrong & set(flipped)) / len(wrong))
+    page = (order.ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(shares) / 5:.0%}".replace("%", " %") + " of\n  the wrong ones were flipped" in page
+    assert f"the mean log-prob of the start, {start.mean():.2f}:" in page
+
+
 def order_run(seed, method, alpha, right, wrong):
     found = {"chosen_right": right, "chosen_wrong": wrong, "chosen": (3 * right + wrong) / 4, "right": 0.75,
              "accuracy_right": 1.0, "accuracy_wrong": 0.5}
