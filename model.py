@@ -438,7 +438,7 @@ def _vocabulary_chunks(states, weight, targets):
     """
     size = max(1, _limit(CHUNK_LOGITS, states) // len(states))
     if size > 64:
-        size -= size % 64       # rows of logits of other lengths take GPUs three times as long
+        size -= size % 64       # odd lengths take GPUs three times as long (benchmarks/README.md)
     for start in range(0, len(weight), size):
         chunk = slice(start, min(start + size, len(weight)))
         in_chunk = (targets >= start) & (targets < chunk.stop)

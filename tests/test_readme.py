@@ -26,6 +26,19 @@ def test_the_table_of_speed_is_that_of_the_committed_results():
     assert table.table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_a_gpu_is_that_of_the_committed_results():
+    assert table.gpu_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_row_of_a_gpu_is_that_of_the_committed_results():
+    gpu = results("gpu")
+    times = gpu["trl"]["trl-4x8"]["seconds"] / gpu["trl"]["ours"]["seconds"]
+    what = "on one H100 in bf16: optimiser step, Llama-3.2-1B's shape"
+    assert f"| {what} | TRL 1.16, 4 pairs a batch | {times:.2f} times as fast |" in README
+    assert f"{gpu['sampler']['graph, batch 128']:,.0f} tokens/s" in README
+    assert f"{gpu['steps of 8B']['kept']['mfu']:.0%} MFU" in README
+
+
 def results(name):
     return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
 
