@@ -38,13 +38,15 @@ def alphapo_reward(logps, *, alpha, beta):
     return -beta * exp_minus_1 / alpha
 
 
-def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio):
+def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio,
+                 label_smoothing=0.0):
     """The loss of each pair: -log sigmoid(r(chosen_logps) - r(rejected_logps) - gamma).
 
     chosen_logps, rejected_logps: (B,) average log-probs per token.
     alpha: the shape of the reward r (see alphapo_reward); 0 is SimPO.
     beta: the scale of the reward.
     gamma_beta_ratio: the target reward margin is gamma = gamma_beta_ratio * beta.
+    label_smoothing: the share of labels taken to be wrong (see margin_losses).
     Returns (losses, chosen_rewards, rejected_rewards), each (B,) in float64, the rewards detached.
     ValueError if the shapes differ.
 
@@ -60,11 +62,20 @@ def alphapo_loss(chosen_logps, rejected_logps, *, alpha, beta, gamma_beta_ratio)
     chosen_rewards = alphapo_reward(chosen_logps, alpha=alpha, beta=beta)
     rejected_rewards = alphapo_reward(rejected_logps, alpha=alpha, beta=beta)
 
-    # The loss is log 2 at the target margin gamma and goes to 0 beyond it.
-    gamma = gamma_beta_ratio * beta
+    # The loss is log 2 at the target margin gamma and, without smoothing, goes to 0 beyond it.
     margins = chosen_rewards - rejected_rewards             # (B,)
-    losses = -F.logsigmoid(margins - gamma)
+    losses = margin_losses(margins - gamma_beta_ratio * beta, label_smoothing)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def margin_losses(m, label_smoothing):
+    """L(m) = -log sigmoid(m) of margins m (B,); if a share e = label_smoothing of the labels is
+    taken to be wrong, (1 - e) * L(m) + e * L(-m), as in conservative DPO (Mitchell 2023).
+
+    gamma is off m before it is turned around, as in TRL: the least loss is at gamma + log(1/e - 1).
+    """
+    losses = -F.logsigmoid(m)
+    return losses + label_smoothing * m if label_smoothing else losses      # L(-m) = L(m) + m
 
 
 def average_logps(token_logps, lengths):
@@ -73,8 +84,6 @@ def average_logps(token_logps, lengths):
     token_logps: (N,) log-probs of the tokens of M responses laid end to end, without padding. The
     end-of-turn token of a response is one of its tokens.
     lengths: M ints, each at least 1, that add up to N. Returns (M,) in float64.
-
-    In a padded batch the same number is (token_logps * mask).sum(-1) / mask.sum(-1).
     """
     responses = token_logps.split(list(lengths))
     averages = [response.mean(dtype=torch.float64) for response in responses]
@@ -90,27 +99,26 @@ def _check_same_shape(*logps):
 
 # --- the paper's baselines ------------------------------------------------------------------------
 
-def simpo_loss(chosen_logps, rejected_logps, *, beta, gamma_beta_ratio):
-    """SimPO (Meng et al. 2024, arXiv 2405.14734): AlphaPO at alpha = 0.
-
-    Arguments, shapes and return are those of alphapo_loss.
-    """
-    return alphapo_loss(
-        chosen_logps, rejected_logps, alpha=0.0, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
+def simpo_loss(chosen_logps, rejected_logps, **knobs):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734): AlphaPO at alpha = 0, its other knobs and what
+    it returns those of alphapo_loss."""
+    return alphapo_loss(chosen_logps, rejected_logps, alpha=0.0, **knobs)
 
 
-def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps, *, beta):
+def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps, *, beta,
+             label_smoothing=0.0):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290): -log sigmoid(r(chosen) - r(rejected)), where
     r = beta * (logps - ref_logps) is DPO's implicit reward.
 
-    Unlike the rest of this file it takes SUMMED log-probs of whole responses, (B,) each.
+    Unlike the rest of this file it takes SUMMED log-probs of whole responses, (B,) each. Given
+    averages, all four over the same tokens, it is length-normalised DPO (arXiv 2411.15124).
     `*_ref_logps` are those under the frozen reference model, the model that training started from.
     Returns (losses, chosen_rewards, rejected_rewards) as alphapo_loss does.
     """
     _check_same_shape(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps)
     chosen_rewards = beta * (chosen_logps.double() - chosen_ref_logps.double())
     rejected_rewards = beta * (rejected_logps.double() - rejected_ref_logps.double())
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    losses = margin_losses(chosen_rewards - rejected_rewards, label_smoothing)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -119,19 +127,17 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps,
 def pair_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
     """What to log of B pairs, from their (B,) numbers: means over the pairs, as a dict of 0-d
     tensors. The names are those that TRL's trainers log, and "logps/margins" beside them."""
+    is_accurate = chosen_rewards > rejected_rewards         # a tie is not accurate
     # Two margins on purpose: under AlphaPO the reward margin can grow while that of the log-probs
     # shrinks.
-    reward_margins = chosen_rewards - rejected_rewards
-    logp_margins = chosen_logps - rejected_logps
-    is_accurate = chosen_rewards > rejected_rewards         # a tie is not accurate
     return {
         "rewards/chosen": chosen_rewards.mean(),
         "rewards/rejected": rejected_rewards.mean(),
-        "rewards/margins": reward_margins.mean(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
         "rewards/accuracies": is_accurate.double().mean(),      # whatever the target margin
         "logps/chosen": chosen_logps.mean(),
         "logps/rejected": rejected_logps.mean(),
-        "logps/margins": logp_margins.mean(),
+        "logps/margins": (chosen_logps - rejected_logps).mean(),
     }
 
 
@@ -140,13 +146,20 @@ def displacement_metrics(chosen_logps, rejected_logps, chosen_start, rejected_st
 
     All four are (B,), of the same pairs; `*_start` are the average log-probs at step 0.
     `displacement/fell` is the share of pairs whose chosen response became less likely, although
-    its reward margin may have grown (paper, section 3). Returns a dict of 0-d tensors.
+    its reward margin may have grown (paper, section 3). What alpha does to a pair depends on its
+    order (Corollary 3.3): "right" pairs, a share `displacement/right`, had the likelier chosen
+    response at step 0, "wrong" ones not. Returns a dict of 0-d tensors, NaN for means of no pairs.
     """
     chosen_change = chosen_logps - chosen_start
-    rejected_change = rejected_logps - rejected_start
-    chosen_fell = chosen_logps < chosen_start
+    was_right = chosen_start > rejected_start
+    is_right = (chosen_logps > rejected_logps).double()
     return {
         "displacement/chosen": chosen_change.mean(),
-        "displacement/rejected": rejected_change.mean(),
-        "displacement/fell": chosen_fell.double().mean(),
+        "displacement/rejected": (rejected_logps - rejected_start).mean(),
+        "displacement/fell": (chosen_logps < chosen_start).double().mean(),
+        "displacement/right": was_right.double().mean(),
+        "displacement/chosen_right": chosen_change[was_right].mean(),
+        "displacement/chosen_wrong": chosen_change[~was_right].mean(),
+        "displacement/accuracy_right": is_right[was_right].mean(),
+        "displacement/accuracy_wrong": is_right[~was_right].mean(),
     }

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import cpu
+import gpu
 from command import end_with_parent, open_streams
 from model import load_model
 
@@ -153,8 +154,11 @@ def _message(error):
     # A rank that dies shows on the others as a collective operation that fails.
     of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     if of_gloo or isinstance(error, dist.DistError):
+        lines = str(error).strip().splitlines()
+        if "NCCL" in lines[0] and len(lines) > 1:       # its own reason comes last
+            lines[0] += f"; {lines[-1].strip()}; NCCL_DEBUG=INFO tells more"
         return ("another rank died, or did not answer in the minutes that ranks wait for each "
-                f"other ({str(error).splitlines()[0]})")
+                f"other ({lines[0]})")
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return traceback.format_exc()
@@ -196,7 +200,11 @@ def load_sharded(config, device):
         shard=shard)
     model.recompute = config.recompute
     if device.type == "cpu":
+        if config.compile:
+            raise ValueError("compile is for GPUs, where it pays; leave it out on CPUs")
         cpu.speed_up(model)
+    else:
+        gpu.speed_up(model, getattr(torch, config.compute_dtype), config.compile)
     return model
 
 

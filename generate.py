@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 import cpu
+import gpu
 from checkpoint import model_digest
 from command import lock, unlock_all
 from data.dialogues import checked_text
@@ -398,6 +399,8 @@ def run(args, device):
     model = load_model(args.model, dtype, device)
     if device.type == "cpu":
         cpu.speed_up(model)
+    else:
+        gpu.speed_up(model, dtype)
 
     # 3. Answers, to a file or to the terminal.
     if args.prompts:

@@ -5,12 +5,12 @@
     logps = model.response_logps(tokens, [(P, C, R)])       # of the response tokens of a row
     save_model(model, "aligned", like="Llama-3-8B-Instruct")
 
-Four parts, in this order: the transformer; attention in a row of pairs; the vocabulary head, which
-works through the vocabulary in chunks; Hugging Face folders, read and written. Parameter names are
-Hugging Face's and rotary embedding splits each head in halves as theirs does, so the state dict IS
-the safetensors file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding
-window), Qwen2 (bias on q, k and v) and Qwen3 (norms on q and k); any other model or feature in
-config.json is an error. Needs torch and safetensors.
+Parts: the transformer; attention in a row of pairs; the vocabulary head, which works through the
+vocabulary in chunks; Hugging Face folders, read and written. Parameter names are Hugging Face's and
+rotary embedding splits each head in halves as theirs does, so the state dict IS the safetensors
+file: no key table, no permutation. Covers Llama 2 and 3.x, Mistral (sliding window), Qwen2 (bias on
+q, k and v) and Qwen3 (norms on q and k); any other model or feature in config.json is an error.
+Needs torch and safetensors.
 
 Axes: T tokens of a row, H heads, K key/value heads, D head_dim, V vocabulary, N response tokens.
 A pair of a row has P prompt tokens, C of the chosen response and R of the rejected one.
@@ -18,7 +18,7 @@ A row is one plain (T,) sequence of tokens, several texts end to end, without pa
 but attention looks at one token at a time. So who sees whom is decided by a function that a caller
 hands in, `attend(layer, q, k, v)`. For a row of pairs it calls pair_attention, which picks the
 tokens that may see each other. That calls causal_attention, which applies the causal order and the
-sliding window. Where a token stands in its text is said by `positions`.
+sliding window. (gpu.py and cpu.py have faster ones.) `positions` say where in its text a token is.
 """
 import json
 import math
@@ -94,10 +94,8 @@ class Transformer(nn.Module):
 
         For checks, and for projects that copy this file; training never makes all logits.
         """
-        def attend(layer, q, k, v):
-            return self.causal_attention(q, k, v)
-
         positions = torch.arange(len(tokens), device=tokens.device)
+        attend = self.attend_pairs([(len(tokens),)])        # a prompt without responses
         return self.states(tokens, positions, attend) @ self.head_weight.T
 
     def response_logps(self, tokens, lengths):
@@ -113,11 +111,15 @@ class Transformer(nn.Module):
 
         (T,) -> (N, dim) and (N,)
         """
+        positions, predictors, targets = pair_layout(lengths, tokens.device)
+        attend = self.attend_pairs(lengths)
+        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+
+    def attend_pairs(self, lengths):
+        """attend(layer, q, k, v) for a row of pairs. `lengths` as of pair_attention."""
         def attend(layer, q, k, v):
             return pair_attention(q, k, v, lengths, self.causal_attention)
-
-        positions, predictors, targets = pair_layout(lengths, tokens.device)
-        return self.states(tokens, positions, attend)[predictors], tokens[targets]
+        return attend
 
     def token_logps(self, states, targets):
         """Log-probs of target tokens, in fp32 at least. states (N, dim), targets (N,) -> (N,)
@@ -136,13 +138,10 @@ class Transformer(nn.Module):
         is for callers that keep a cache for each (sampler.py).
         """
         x = self.model.embed_tokens(tokens)                                     # (T, dim)
-        cos, sin = rope_tables(positions, self.config)                          # (T, 1, D/2)
-        cos = cos.to(x.dtype)
-        sin = sin.to(x.dtype)
+        cos, sin = (table.to(x.dtype) for table in rope_tables(positions, self.config))
         recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
-            attend_in_layer = partial(attend, i)
-            x = block(x, cos, sin, attend_in_layer, recompute)
+            x = block(x, cos, sin, partial(attend, i), recompute)
         return self.model.norm(x)
 
 
@@ -159,11 +158,20 @@ class Block(nn.Module):
         # FSDP2, which hooks the block, gathers the weights once for both the second forward pass
         # and the backward pass.
         if recompute:
-            return checkpoint(self.compute, x, cos, sin, attend_in_layer, use_reentrant=False)
+            # Nothing is random, and to keep the generator's state would wait for the GPU.
+            return checkpoint(self.compute, x, cos, sin, attend_in_layer, use_reentrant=False,
+                              preserve_rng_state=False)
         return self.compute(x, cos, sin, attend_in_layer)
 
     def compute(self, x, cos, sin, attend_in_layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend_in_layer)
+        q, k, v = self.before_attention(x, cos, sin)    # two functions, which gpu.py may compile
+        return self.after_attention(x, attend_in_layer(q, k, v))
+
+    def before_attention(self, x, cos, sin):
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(1))                      # (T, dim)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -178,15 +186,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend_in_layer):
+    def project(self, x, cos, sin):
         T = x.shape[0]
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))              # (T, H, D)
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))              # (T, K, D)
         v = self.v_proj(x).view(T, -1, self.head_dim)                           # (T, K, D)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        out = attend_in_layer(q, k, v)                                          # (T, H, D)
-        return self.o_proj(out.reshape(T, -1))                                  # (T, dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -279,35 +284,35 @@ def pair_layout(lengths, device=None):
         predictors += [chosen - 1, *range(rejected, end - 1)]
         targets += range(chosen, end)
         start = end
-    return tuple(torch.tensor(places, device=device) for places in (positions, predictors, targets))
+    return tuple(to_device(places, device) for places in (positions, predictors, targets))
 
 
 def pair_attention(q, k, v, lengths, causal_attention):
     """Who sees whom in a row of pairs: each response sees its prompt and itself.
 
     Two causal calls a pair: prompt and chosen as one sequence, then the queries of rejected against
-    the keys of prompt and rejected. It needs no mask over the row, and on CPUs it was as fast as
-    any other formulation tried, or faster. On GPUs none was measured yet.
+    the keys of prompt and rejected. It needs no mask over the row. (On GPUs, see gpu.py.)
 
     q (T, H, D), k and v (T, K, D), lengths of each pair (P, C, R) -> (T, H, D)
+    In general a text of the row is a prompt with any number of responses: (P,) or (P, C, R, ...).
     causal_attention(q, k, v) has the window of the model.
     """
     sizes = []
-    for P, C, R in lengths:
-        sizes += [P + C, R]
+    for P, *responses in lengths:
+        first = sum(responses[:1])          # of a prompt alone 0
+        sizes += [P + first, *responses[1:]]
     # Split once: the gradient of a split is one concatenation, that of each slice would be a whole
     # (T, H, D) of zeros but for the slice.
-    q = q.split(sizes)
-    k = k.split(sizes)
-    v = v.split(sizes)
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes))
     out = []
-    for i, (P, _, _) in enumerate(lengths):
-        first = 2 * i                       # prompt and chosen
-        second = 2 * i + 1                  # rejected
-        out.append(causal_attention(q[first], k[first], v[first]))
-        keys = torch.cat((k[first][:P], k[second]))                             # (P + R, K, D)
-        values = torch.cat((v[first][:P], v[second]))
-        out.append(causal_attention(q[second], keys, values))
+    for P, *responses in lengths:
+        q_first, k_first, v_first = next(parts)             # prompt and chosen
+        out.append(causal_attention(q_first, k_first, v_first))
+        for _ in responses[1:]:
+            q_other, k_other, v_other = next(parts)         # rejected
+            keys = torch.cat((k_first[:P], k_other))                            # (P + R, K, D)
+            values = torch.cat((v_first[:P], v_other))
+            out.append(causal_attention(q_other, keys, values))
     return torch.cat(out)                                                       # (T, H, D)
 
 
@@ -316,37 +321,21 @@ def causal_attention(q, k, v, window=None):
 
     q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)
     """
+    absent, Tk = len(k) - len(q), len(k)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                      # (1, H or K, T, D)
-    if window is None or window >= k.shape[2]:
-        out = _full_attention(q, k, v)
+    if window is None or window >= Tk:
+        # Flash kernels: no mask in memory. They align the first query with the first key, so zeros
+        # stand in for the queries before ours, and what comes of them is left out. For a rejected
+        # response that is its prompt's attention once more, a small part of a step.
+        q = F.pad(q, (0, 0, absent, 0))                                         # (1, H, Tk, D)
+        mask = None
     else:
-        out = _window_attention(q, k, v, window)
-    return out[0].transpose(0, 1)
-
-
-def _full_attention(q, k, v):
-    """Flash kernels: no mask in memory. With is_causal they align the first query with the first
-    key. So this is the one place that pads: zeros stand in for the Tk - Tq queries before ours, and
-    what comes of them is left out. For a rejected response that is its prompt's attention once
-    more, a small part of a step."""
-    absent = k.shape[2] - q.shape[2]
-    q = F.pad(q, (0, 0, absent, 0))                                             # (1, H, Tk, D)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out[:, :, absent:]                                                   # (1, H, Tq, D)
-
-
-def _window_attention(q, k, v, window):
-    """A sliding window, as a mask of (Tq, Tk). Keys are repeated: a mask and enable_gqa together
-    would leave CUDA's fused kernels."""
-    Tq, Tk = q.shape[2], k.shape[2]
-    groups = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(groups, 1)                                          # (1, H, Tk, D)
-    v = v.repeat_interleave(groups, 1)
-    queries = torch.arange(Tk - Tq, Tk, device=q.device)
-    distance = queries[:, None] - torch.arange(Tk, device=q.device)             # (Tq, Tk)
-    seen = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        places = torch.arange(Tk, device=q.device)
+        distance = places[absent:, None] - places                               # (Tq, Tk)
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0, :, -(Tk - absent):].transpose(0, 1)                           # (Tq, H, D)
 
 
 # --- the vocabulary head --------------------------------------------------------------------------
@@ -391,7 +380,6 @@ def target_logps(states, weight, targets, keep):
 
     A log-prob is z[target] - logsumexp(z), from fp32 logits. At a vocabulary of 128k and the logits
     of a trained model torch's own fp32 log_softmax is off by 1e-5 a token on CPUs, this by 2e-7.
-    (Of bf16 states the rounding of the logits is far larger, see _logits.)
 
     Returns (logps, logsumexp, kept): (N,), (N, 1), and for each chunk of the vocabulary a pair of
     exps (N, v) and largest (N, 1), where exps = exp(z - largest). With `keep` the exps are kept up
@@ -422,7 +410,7 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
     """The gradient of states (N, dim) from that of the log-probs, `grad` (N,).
 
     The gradient of the weight is added to grad_weight (V, dim) and not returned, so that one buffer
-    serves all pairs. What target_logps kept is used up.
+    serves all pairs; of bf16 weights it is best in fp32. What target_logps kept is used up.
     """
     grad_states = torch.zeros_like(states, dtype=logsumexp.dtype)
     grad = grad[:, None]
@@ -436,8 +424,8 @@ def target_logps_backward(grad, states, weight, targets, logsumexp, kept, grad_w
         grad_logits = exps.mul_(-grad * (largest - logsumexp).exp())            # (N, v)
         grad_logits.scatter_add_(1, column, torch.where(in_chunk[:, None], grad, 0))
         grad_logits = grad_logits.to(weight.dtype)
-        grad_states += grad_logits @ chunk_weight
-        grad_weight[chunk].addmm_(grad_logits.T, states)
+        _add_product(grad_states, grad_logits, chunk_weight)
+        _add_product(grad_weight[chunk], grad_logits.T, states)
         del exps, grad_logits                       # before the next chunk is recomputed
     return grad_states.to(states.dtype)
 
@@ -449,6 +437,8 @@ def _vocabulary_chunks(states, weight, targets):
     columns there (N, 1), 0 for the targets that are not.
     """
     size = max(1, _limit(CHUNK_LOGITS, states) // len(states))
+    if size > 64:
+        size -= size % 64       # odd lengths take GPUs three times as long (benchmarks/README.md)
     for start in range(0, len(weight), size):
         chunk = slice(start, min(start + size, len(weight)))
         in_chunk = (targets >= start) & (targets < chunk.stop)
@@ -457,9 +447,27 @@ def _vocabulary_chunks(states, weight, targets):
 
 
 def _logits(states, weight):
-    """Logits in fp32 (float64 of float64). The product is formed in the dtype of the states: bf16
-    states give logits that were rounded to bf16, as in any bf16 training."""
-    return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
+    """Logits in fp32 (float64 of float64), (N, v). Of bf16 states GPUs give them unrounded; CPUs
+    round them to bf16 first, as most bf16 training does."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    if states.device.type == "cpu" or states.dtype == wide:
+        return (states @ weight.T).to(wide)
+    return torch.mm(states, weight.T, out_dtype=wide)
+
+
+def _add_product(total, a, b):
+    """total += a @ b, in place. total may be fp32 where a and b are bf16."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cpu":
+        total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def kept_tokens(states, weight):
+    """Of how many tokens target_logps keeps all that its backward pass needs."""
+    return _limit(KEPT_LOGITS, states) // len(weight)
 
 
 def _limit(limits, states):
@@ -1034,3 +1042,14 @@ def _copy_other_files(source, target):
         with _naming(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+# --- numbers to a device -------------------------------------------------------------------------
+
+def to_device(numbers, device, dtype=None):
+    """Numbers of the CPU, a list or a tensor, as a tensor of the device. A GPU takes them from
+    pinned memory, so that nobody waits."""
+    numbers = torch.as_tensor(numbers, dtype=dtype)
+    if torch.device(device or "cpu").type != "cpu":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)

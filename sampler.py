@@ -4,15 +4,16 @@
     ids = generate(model, prompts, seeds=[(0, i) for i in range(len(prompts))],
                    stop_ids=chat.stop_ids, max_new_tokens=512)
 
-Each step is one forward pass of model.py over a row of tokens without padding: the newest token of
-each running sequence (decoding), then whole prompts (prefill), which take the places of sequences
-that have ended. The layers are those of training. Only attention differs: here it reads the keys
-and values of earlier tokens from a cache.
+Each step is a forward pass of model.py over the newest token of each running sequence (decoding),
+and one over whole prompts (prefill), which take the places of sequences that have ended. Both rows
+are without padding. The layers are those of training. Only attention differs: here it reads the
+keys and values of earlier tokens from a cache. On a GPU decoding is a CUDA graph (gpu.py).
 
 Axes: T tokens of a row, n running sequences, B rows of the cache, S tokens of room in each,
-P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocabulary.
+P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocabulary, L layers.
 """
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+import gpu
 from data.files import is_finite_number
+from model import to_device
 
 # Colder than this the quotients of logits may overflow; answers are greedy long before.
 LEAST_TEMPERATURE = 1e-6
@@ -37,71 +40,88 @@ class KVCache:
 
     def __init__(self, model, B, S):
         c = model.config
-        self.window = c.window
-        self.causal_attention = model.causal_attention
-        # The tokens of a head lie side by side, because attention reads one head at a time.
-        self.shape = (c.n_layers, B, c.n_kv_heads, S, c.head_dim)
+        self.model = model
+        self.shape = (c.n_layers, B, S, c.n_kv_heads, c.head_dim)
         # Allocated in the dtype and on the device of the first keys.
         self.keys = None
         self.values = None
 
-    def attend(self, lengths, prompt_lengths, samples, device):
-        """The attention of one step, a function attend(layer, q, k, v) for Transformer.states.
+    def allocate(self, like):
+        """Zeros, because unseen places get weight 0 and a NaN times 0 would be NaN."""
+        L, B, S, K, D = self.shape
+        if like.device.type == "cpu":
+            # The tokens of a head lie side by side, because attention reads one head at a time.
+            return like.new_zeros(L, B, K, S, D).transpose(2, 3)
+        return like.new_zeros(self.shape)
 
-        The row holds the next token of each of n sequences, which have `lengths` (n) tokens in the
-        cache, then whole prompts of `prompt_lengths` tokens. All keys and values are added to the
-        cache, those of a prompt `samples` times: one row for each of its answers.
-        """
-        n = len(lengths)
-        filled = max(lengths, default=0) + 1    # places of the cache that decoding reads
-        rows = torch.arange(n, device=device)
-        ends = torch.tensor(lengths, dtype=torch.long, device=device)   # where new tokens go, (n,)
-        distance = ends[:, None] - torch.arange(filled, device=device)  # (n, filled)
-        seen = distance >= 0
-        if self.window is not None:
-            seen &= distance < self.window
-        seen = seen[:, None, None]              # for all heads, (n, 1, 1, filled)
+    def attend_prompts(self, prompt_lengths, row, samples):
+        """Attention of a row of whole prompts, a function attend(layer, q, k, v) for
+        Transformer.states. They enter the cache from `row` on, each `samples` times: one row for
+        each of its answers."""
+        attend_within = self.model.attend_pairs([(P,) for P in prompt_lengths])
 
         def attend(layer, q, k, v):
             if self.keys is None:
-                # Zeros, because unseen places get weight 0 and a NaN times 0 would be NaN.
-                self.keys = k.new_zeros(self.shape)
-                self.values = v.new_zeros(self.shape)
-            keys = self.keys[layer]                                     # (B, K, S, D)
-            values = self.values[layer]
-            out = []
-            # Decoding: each sequence has one query a head. The H/K heads that share a key head
-            # are given to the kernel as H/K queries of one head, so that no key is repeated.
-            if n:
-                keys[rows, :, ends] = k[:n]
-                values[rows, :, ends] = v[:n]
-                n_kv_heads = k.shape[1]
-                queries = q[:n].unflatten(1, (n_kv_heads, -1))          # (n, K, H/K, D)
-                keys_read = keys[:n, :, :filled]
-                values_read = values[:n, :, :filled]
-                decoded = F.scaled_dot_product_attention(
-                    queries, keys_read, values_read, attn_mask=seen)
-                out.append(decoded.flatten(1, 2))                       # (n, H, D)
-            # Prefill: plain causal attention within each prompt.
-            start = n
-            row = n
+                self.keys = self.allocate(k)
+                self.values = self.allocate(v)
+            start = 0
+            first = row
             for P in prompt_lengths:
-                prompt = slice(start, start + P)
-                k_prompt = k[prompt]                                    # (P, K, D)
-                v_prompt = v[prompt]
-                out.append(self.causal_attention(q[prompt], k_prompt, v_prompt))
-                copies = slice(row, row + samples)
-                keys[copies, :, :P] = k_prompt.transpose(0, 1)
-                values[copies, :, :P] = v_prompt.transpose(0, 1)
+                copies = slice(first, first + samples)
+                self.keys[layer, copies, :P] = k[start:start + P]       # (samples, P, K, D)
+                self.values[layer, copies, :P] = v[start:start + P]
                 start += P
-                row += samples
-            return torch.cat(out)                                       # (T, H, D)
+                first += samples
+            return attend_within(layer, q, k, v)                        # (T, H, D)
+        return attend
+
+    def attend_next(self, ends):
+        """Attention of the newest token of each of the first n sequences, a function
+        attend(layer, q, k, v). ends (n,): how many tokens the cache has of each, which is where the
+        new one goes."""
+        n = len(ends)
+        rows = torch.arange(n, device=ends.device)
+        # gpu.speed_up gives a model another one.
+        attention = getattr(self.model, "decode_attention", decode_attention)
+        read = attention(ends, self.shape, self.model.config.window)
+
+        def attend(layer, q, k, v):
+            keys = self.keys[layer]                                     # (B, S, K, D)
+            values = self.values[layer]
+            keys[rows, ends] = k
+            values[rows, ends] = v
+            return read(q, keys[:n], values[:n])                        # (n, H, D)
         return attend
 
     def move(self, source, target, length):
         """Copies the first `length` tokens of row `source` to row `target`."""
         for cached in (self.keys, self.values):
-            cached[:, target, :, :length] = cached[:, source, :, :length]
+            cached[:, target, :length] = cached[:, source, :length]
+
+
+def decode_attention(ends, shape, window):
+    """Attention of one query a head in each of n sequences, against the keys in the cache.
+
+    ends (n,): the place of the newest key of each; shape: of the cache, (L, B, S, K, D). Returns a
+    function for each layer: q (n, H, D), keys and values (n, S, K, D) -> (n, H, D)
+    """
+    filled = int(ends.max()) + 1        # places of the cache that are read; waits for a GPU
+    distance = ends[:, None] - torch.arange(filled, device=ends.device)         # (n, filled)
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    seen = seen[:, None, None]          # for all heads, (n, 1, 1, filled)
+    n_kv_heads = shape[3]
+
+    def read(q, keys, values):
+        # The H/K heads that share a key head are given to the kernel as H/K queries of one head,
+        # so that no key is repeated.
+        queries = q.unflatten(1, (n_kv_heads, -1))                      # (n, K, H/K, D)
+        keys = keys[:, :filled].transpose(1, 2)                         # (n, K, filled, D)
+        values = values[:, :filled].transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        return out.flatten(1, 2)                                        # (n, H, D)
+    return read
 
 
 # --- choosing the next token ----------------------------------------------------------------------
@@ -201,20 +221,32 @@ def generate(
     longest = max(map(len, prompts), default=0)
     n_rows = min(batch_size, samples * len(prompts))
     cache = KVCache(model, n_rows, longest + max_new_tokens)
+    decode_step = partial(decode, model, cache)
+    if hasattr(model, "decode_attention") and not isinstance(model, FSDPModule):
+        decode_step = gpu.Captured(decode_step, n_rows, model.device)
     running = []            # the Sequence of each row of the cache
     while waiting or running:
         # 1. Waiting prompts take the free places, one for each of their answers.
         n_new = min(len(waiting), (batch_size - len(running)) // samples)
         new = [waiting.pop() for _ in range(n_new)]
 
-        # 2. One forward pass: decoding and prefill together.
-        new_prompts = [prompts[i] for i in new]
-        states = run_step(model, cache, running, new_prompts, samples)      # (B, dim)
+        # 2. Logits of the next token of each: decoding, then prefill.
+        logits = []
+        if running:
+            last_tokens = [sequence.ids[-1] for sequence in running]
+            ends = [sequence.length for sequence in running]
+            logits.append(decode_step(
+                to_device(last_tokens, model.device), to_device(ends, model.device)))
+            for sequence in running:
+                sequence.length += 1
+        if new:
+            new_prompts = [prompts[i] for i in new]
+            logits.append(prefill(model, cache, new_prompts, len(running), samples))
         for i in new:
             running += new_sequences(i, len(prompts[i]), seeds[i], samples)
+        logits = torch.cat(logits)                          # (B, V)
 
         # 3. The next token of each sequence.
-        logits = states @ model.head_weight.T               # (B, V)
         uniform = np.array([sequence.random.random() for sequence in running])
         uniform = torch.from_numpy(uniform).to(model.device)
         tokens = sample(logits, uniform, **sampling)        # (B,)
@@ -243,29 +275,27 @@ def new_sequences(prompt, length, seed, samples):
     return sequences
 
 
-def run_step(model, cache, running, prompts, samples):
-    """One forward pass over the newest token of each running sequence and over whole new prompts.
+def decode(model, cache, tokens, ends):
+    """Logits (n, V) after the newest token of each of n running sequences. tokens (n,); ends (n,):
+    how many tokens the cache has of each."""
+    states = model.states(tokens, ends, cache.attend_next(ends))        # (n, dim)
+    return states @ model.head_weight.T
 
-    Returns the states that predict the next tokens, (B, dim): of the running sequences, then of
-    each prompt, whose last token predicts the first token of all its `samples` answers.
-    """
-    lengths = [sequence.length for sequence in running]
-    tokens = [sequence.ids[-1] for sequence in running]
-    positions = list(lengths)
-    predictors = list(range(len(running)))      # indices into the row
+
+def prefill(model, cache, prompts, row, samples):
+    """Logits after whole prompts, a row for each of the `samples` answers to each. They enter the
+    cache from `row` on."""
+    tokens = []
+    positions = []
+    predictors = []             # places of the last token of each prompt, for each answer
     for prompt in prompts:
         tokens += prompt
         positions += range(len(prompt))
         predictors += [len(tokens) - 1] * samples
     device = model.device
-    prompt_lengths = [len(prompt) for prompt in prompts]
-    attend = cache.attend(lengths, prompt_lengths, samples, device)
-    tokens = torch.tensor(tokens, device=device)
-    positions = torch.tensor(positions, device=device)
-    states = model.states(tokens, positions, attend)        # (T, dim)
-    for sequence in running:
-        sequence.length += 1
-    return states[predictors]
+    attend = cache.attend_prompts([len(prompt) for prompt in prompts], row, samples)
+    states = model.states(to_device(tokens, device), to_device(positions, device), attend)
+    return states[to_device(predictors, device)] @ model.head_weight.T
 
 
 def refuse_not_finite(tokens, running):

@@ -14,6 +14,11 @@ Several scorers may be given. `all_rm_scores` is then their mean, `all_scorer_sc
 each one, judges first, and `scorers` their names. Nothing is rescaled: a scorer of 0 to 100 drowns
 one of 0 to 1, so the end of a run prints the mean and the spread of each.
 
+Try a scorer on answers whose quality is known before it makes 60,000 pairs. A line may have
+`labels`, a number an answer, higher for better; a line with `chosen` and `rejected` and no answers
+is taken as two answers with the labels 1 and 0. The end of a run then prints each scorer's
+accuracies, pairwise and best of n (RMB, Zhou et al. 2024, arXiv 2410.09893).
+
 Lines go to OUTPUT.partial, which gets its final name once it is whole. The same call goes on with
 what it has written there, or in OUTPUT. Scores of different scorers are never mixed: a name in
 `scorers` ends with a digest of what the scorer is. That is, for a judge, the bytes of its file and
@@ -40,13 +45,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import cpu
+import gpu
 from checkpoint import model_digest
 from command import lock, run_command, unlock_all
 from data.files import (
-    append_whole, is_finite_number, parse_line, read_json, read_records, written_whole)
-from data.preference import as_answers, content_hash
+    append_whole, is_finite_number, parse_line, read_json, read_jsonl, read_records, written_whole)
+from data.dialogues import prompt_and_answers
+from data.preference import are_finite_numbers, as_answers, content_hash
 from judge import ask, load_judge
-from model import Transformer, checkpoint_tensors, load_model, weight_files
+from model import Transformer, checkpoint_tensors, load_model, to_device, weight_files
 from tokenizer import CHAT_FORMATS, load_chat
 
 # A row holds the prompt and at most so many tokens with it, or one answer: enough to fill a GPU.
@@ -199,22 +206,9 @@ def rewards(model, prompt, answers):
         tokens += ids
         positions += range(P, P + len(ids))
     ends = list(accumulate(map(len, answers), initial=P))       # of the prompt and each answer
-
-    def attend(layer, q, k, v):
-        out = []
-        for start, end in zip(ends, ends[1:]):
-            # One sequence: the prompt and this answer.
-            q_one = torch.cat((q[:P], q[start:end]))
-            k_one = torch.cat((k[:P], k[start:end]))
-            v_one = torch.cat((v[:P], v[start:end]))
-            one = model.causal_attention(q_one, k_one, v_one)
-            if out:
-                one = one[P:]       # the prompt's part came with the first answer
-            out.append(one)
-        return torch.cat(out)                                   # (T, H, D)
-
-    tokens = torch.tensor(tokens, device=model.device)
-    positions = torch.tensor(positions, device=model.device)
+    attend = model.attend_pairs([(P, *map(len, answers))])
+    tokens = to_device(tokens, model.device)
+    positions = to_device(positions, model.device)
     states = model.states(tokens, positions, attend)            # (T, dim)
     end_tokens = [end - 1 for end in ends[1:]]
     return model.reward(states[end_tokens].float(), states[:P].float())
@@ -234,6 +228,7 @@ class RewardScorer:
         self.chat = load_chat(folder, chat_format, date)
         if torch.cuda.is_available():
             self.model = load_reward_model(folder, torch.bfloat16, "cuda")
+            gpu.speed_up(self.model, torch.bfloat16)
         else:
             self.model = load_reward_model(folder, torch.float32, "cpu")
             cpu.speed_up(self.model)
@@ -301,9 +296,16 @@ def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_sta
     """Yields ("file:line", record, prompt turns, answers) of a file of records. ValueError names
     the bad lines. One whose answer is too long for a scorer is among them."""
     def answers_to_score(record, source):
+        if "all_generated_responses" not in record and {"chosen", "rejected"} <= record.keys():
+            turns, *answers = prompt_and_answers(record, as_it_stands)
+            record = {"prompt": turns, "all_generated_responses": answers, "labels": [1, 0]}
         turns, answers = as_answers(record, as_it_stands)
         if not answers:
             raise ValueError("all_generated_responses is empty; expected an answer or more")
+        labels = record.get("labels", [0] * len(answers))
+        if not are_finite_numbers(labels) or len(labels) != len(answers):
+            raise ValueError(f"labels is {labels!r:.60}; expected {len(answers)} finite numbers, "
+                             "one an answer")
         for scorer in scorers:
             scorer.check(turns, answers)
         return record, turns, answers
@@ -504,6 +506,37 @@ def score_lines(lines, scorers, file, done, total):
     return scores, n_stale
 
 
+def print_accuracies(output, names):
+    """Prints how often each scorer agrees with the labels of a scored file, if it has any."""
+    right = [Counter() for _ in names]
+    of = Counter()
+    for _, record in read_jsonl(output):
+        labels = record.get("labels", [])
+        scores = record.get("all_scorer_scores", [record["all_rm_scores"]])
+        for hits, of_one in zip(right, scores):
+            found, of_record = accuracies(labels, of_one)
+            hits.update(found)
+        of.update(of_record)
+    if of["pairs"]:
+        for name, hits in zip(names, right):
+            print(f"  {name}: {hits['pairs'] / of['pairs']:.1%} of {of['pairs']} pairs of answers "
+                  f"in the order of their labels, {hits['best'] / of['best']:.1%} of {of['best']} "
+                  "best answers found")
+
+
+def accuracies(labels, scores):
+    """(how many pairs of answers are in the order of their labels, and whether the best is found;
+    of how many), Counters of "pairs" and "best". Only pairs whose labels differ count. Scores that
+    tie are wrong: a best answer is found if its score is above those of all that are worse."""
+    pairs = [s > t for a, s in zip(labels, scores) for b, t in zip(labels, scores) if a > b]
+    if not pairs:
+        return Counter(), Counter()
+    best = [s for a, s in zip(labels, scores) if a == max(labels)]
+    rest = [s for a, s in zip(labels, scores) if a < max(labels)]
+    found = Counter(pairs=sum(pairs), best=int(max(best) > max(rest)))
+    return found, Counter(pairs=len(pairs), best=1)
+
+
 def claim_output(output):
     """Locks the file to write, before hours of work. ValueError or OSError if it cannot be
     written."""
@@ -555,6 +588,7 @@ def score_file(args):
         raise ValueError(f"{args.input}: no answers to score")
     if done == total and not begun.exists():
         print(f"{args.output}: all {total} lines are scored already; nothing is left to do")
+        print_accuracies(args.output, names)
         return
     if done:
         print(f"{args.output}: {done} of {total} lines are scored already", flush=True)
@@ -573,6 +607,7 @@ def score_file(args):
         if of_one:
             print(f"  {name}: mean {mean(of_one):.4g}, standard deviation "
                   f"{statistics.pstdev(of_one):.4g}, {min(of_one):.4g} to {max(of_one):.4g}")
+    print_accuracies(args.output, names)
 
 
 if __name__ == "__main__":

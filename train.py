@@ -38,8 +38,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from alphapo import (
-    alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics, simpo_loss)
+import gpu
+from alphapo import alphapo_loss, average_logps, displacement_metrics, dpo_loss, pair_metrics
 from checkpoint import (
     check_same_run, check_space, claim_output, finish_checkpoint, identity_of, load_checkpoint,
     log_metrics, model_digest, newest_checkpoint, read_metrics, read_run, save_checkpoint)
@@ -54,7 +54,8 @@ from distributed import (
     say, set_gradient_sync, signal_of_any_rank)
 from judge import Judge, load_judge
 from model import (
-    Transformer, checkpoint_tensors, read_config, target_logps, target_logps_backward)
+    Transformer, checkpoint_tensors, kept_tokens, read_config, target_logps, target_logps_backward,
+    to_device)
 from tokenizer import ChatFormat, load_chat
 
 ROOT = Path(__file__).resolve().parent
@@ -77,11 +78,12 @@ class TrainConfig:
                                         # and when a run is resumed that of its first day
 
     # The method. Knobs left out take METHODS' defaults; one that the method lacks is an error.
-    method: str = "alphapo"             # alphapo, simpo or dpo
+    method: str = "alphapo"             # alphapo, simpo, dpo or dpo_norm (DPO on averages)
     alpha: float | None = None          # reward shape; 0 is SimPO
     beta: float | None = None           # reward scale
     gamma_beta_ratio: float | None = None       # target reward margin, as a share of beta
     sft_weight: float = 0.0             # adds so much of the chosen response's -log-prob per token
+    label_smoothing: float = 0.0        # share of pairs whose order is taken to be wrong, below 0.5
 
     # The optimiser: PyTorch's AdamW with its betas and eps, cosine to zero.
     learning_rate: float = 7e-7
@@ -99,6 +101,7 @@ class TrainConfig:
     cache: str = "runs/cache"           # keeps tokens of large data; empty: tokenise every time
     tokens_per_micro_batch: int = 8192  # a packed row; a step is as many rows as its pairs need
     recompute: bool = False             # activation checkpointing: less memory, a third slower
+    compile: bool = False               # on GPUs: 4 % faster, the first step half a minute later
 
     # Ranks. None of these changes what is computed.
     shard_within_node: bool = False     # HSDP: shard over a node, replicate over nodes
@@ -115,6 +118,7 @@ class TrainConfig:
     # Looking and saving.
     save_every: int = 0                 # steps between checkpoints; 0: at the end, or where a
                                         # signal stops the run: a crash then loses all of it
+    peak_tflops: float = 0              # of a GPU in bf16, for the metric mfu; 0: of known ones
     keep_last: int = 2                  # checkpoints kept, older ones are deleted; 0: all
     eval_every: int = 0                 # steps between evaluations; 0: before and after training
     judge: str = ""                     # FILE.py:FUNCTION, called with (prompt turns, answer)
@@ -127,12 +131,14 @@ class TrainConfig:
     resume: bool = False                # go on from the newest complete checkpoint in `output`
 
 
-# The knobs of each method and their defaults: those of the paper's Table 3 for Mistral-7B, and its
-# DPO baseline.
+# The knobs of each method and their defaults: those of the paper's Table 3 for Mistral-7B, its DPO
+# baseline, and SimPO's beta for DPO on averages. DPO's acts on sums: on answers of N tokens a beta
+# of 2.5 / N is dpo_norm's 2.5.
 METHODS = {
     "alphapo": {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.1},
     "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.1},
     "dpo": {"beta": 0.01},
+    "dpo_norm": {"beta": 2.5},
 }
 PATHS = ("model", "data", "eval_data", "output", "cache", "judge", "judge_prompts")
 CALL = ("resume",)
@@ -140,8 +146,8 @@ CALL = ("resume",)
 # the tokens of the pairs are compared instead (checkpoint.identity_of).
 MAY_CHANGE = (
     *PATHS, *CALL, "tokens_per_micro_batch", "recompute", "shard_within_node", "cpu_offload",
-    "sync_every_micro_batch", "timeout_minutes", "save_every", "keep_last", "eval_every",
-    "skip_bad_lines", "as_it_stands")
+    "compile", "peak_tflops", "sync_every_micro_batch", "timeout_minutes", "save_every",
+    "keep_last", "eval_every", "skip_bad_lines", "as_it_stands")
 CACHE_BYTES = 20 * 10**6        # smaller data is tokenised in a few seconds
 MAX_SKIPPED = 3                 # steps in a row that are not finite; then the run gives up
 RETRY_SECONDS = 60              # between two tries to save the end of a run on a full disk
@@ -153,32 +159,25 @@ RETRY_SECONDS = 60              # between two tries to save the end of a run on 
 LOSS, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGP, REJECTED_LOGP = range(5)
 
 
-def pair_loss(config, pair, chosen_logps, rejected_logps):
-    """The loss and the rewards of one pair, from its average log-probs. sft_weight adds the chosen
+def pair_loss(config, pairs, chosen_logps, rejected_logps):
+    """Losses and rewards of B pairs, from their average log-probs. sft_weight adds the chosen
     response's negative average to the loss of any method.
 
-    chosen_logps, rejected_logps (1,) -> (losses, chosen_rewards, rejected_rewards), each (1,)
-
-    To add an objective: 1. a function in alphapo.py, imported here; 2. a branch here; 3. a line of
-    METHODS with its knobs and their defaults, numbers all; 4. new knobs as fields of TrainConfig,
-    float | None, and in POSITIVE or FINITE; 5. if it needs a reference, it is made in open_run
-    where DPO's is; 6. if it needs more of a pair than two averages, head_and_loss changes.
+    chosen_logps, rejected_logps (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,)
     """
-    if config.method == "alphapo":
-        losses, *rewards = alphapo_loss(
+    knobs = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+    if config.method in ("alphapo", "simpo"):
+        losses, *rewards = alphapo_loss(            # SimPO has no alpha, which is alpha = 0
             chosen_logps, rejected_logps,
-            alpha=config.alpha, beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
-    elif config.method == "simpo":
-        losses, *rewards = simpo_loss(
-            chosen_logps, rejected_logps,
-            beta=config.beta, gamma_beta_ratio=config.gamma_beta_ratio)
-    elif config.method == "dpo":
-        # DPO is defined on sums, against those of the starting model.
-        reference = torch.tensor(pair.ref_logps, dtype=torch.float64, device=chosen_logps.device)
-        ref_chosen, ref_rejected = reference.split(1)
+            alpha=config.alpha or 0.0, gamma_beta_ratio=config.gamma_beta_ratio, **knobs)
+    elif config.method in ("dpo", "dpo_norm"):
+        # Against those of the starting model. DPO is defined on sums, dpo_norm on averages.
+        reference = [pair.ref_logps for pair in pairs]                          # (B, 2)
+        lengths = [pair.lengths[1:] if config.method == "dpo" else (1, 1) for pair in pairs]
+        reference = to_device(reference, chosen_logps.device, torch.float64)
+        C, R = to_device(lengths, chosen_logps.device).T                        # (B,) each
         losses, *rewards = dpo_loss(
-            chosen_logps * len(pair.chosen), rejected_logps * len(pair.rejected),
-            ref_chosen, ref_rejected, beta=config.beta)
+            chosen_logps * C, rejected_logps * R, *reference.T, **knobs)
     else:
         raise ValueError(f"method {config.method!r} has no loss here")
     return losses - config.sft_weight * chosen_logps, *rewards
@@ -188,7 +187,7 @@ def run_row(model, row, config, grad_scale=None):
     """Scores the B pairs of a packed row: results (B, 5). To train, grad_scale is given: then it
     also adds the gradient of grad_scale * (sum of losses) to .grad of the weights."""
     # 1. The layers, for the whole row: states that predict the N response tokens, and those tokens.
-    tokens = row.tokens.to(model.device)                                        # (T,)
+    tokens = to_device(row.tokens, model.device)                                # (T,)
     states, targets = model.response_states(tokens, row.lengths)                # (N, dim), (N,)
 
     # 2. Head and loss. FSDP keeps the root's weights (the head's is one) gathered after the forward
@@ -208,10 +207,8 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
 
     states (N, dim) predict the targets (N,), the response tokens of pair after pair. With
     grad_scale the gradient of `weight` (V, dim) is added to its .grad, by hand: autograd would make
-    another (V, dim) for every pair.
-
-    It runs forward and backward a pair at a time. So what is kept of the logits for the backward
-    pass is one pair's, and on GPUs seldom has to be recomputed.
+    another (V, dim) for every group of pairs.
+    It runs some pairs at a time, forward and backward: as many as leave no logits to recompute.
     """
     training = grad_scale is not None
     grad_states = None
@@ -219,25 +216,41 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
         grad_states = torch.empty_like(states)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+        # Summed in fp32, because in bf16 each group would round it. (Of fp32 it is .grad itself.)
+        grad_weight = weight.grad.to(torch.promote_types(weight.dtype, torch.float32))
     results = []
     end = 0
-    for pair in pairs:
-        _, C, R = pair.lengths
+    for group in groups_of(pairs, kept_tokens(states, weight)):
+        sizes = [n for pair in group for n in pair.lengths[1:]]                 # C, R, C, R, ...
         start = end
-        end = start + C + R
+        end = start + sum(sizes)
         inputs = states[start:end], weight, targets[start:end]
-        token_logps, logsumexp, kept = target_logps(*inputs, keep=training)     # (C + R,)
+        token_logps, logsumexp, kept = target_logps(*inputs, keep=training)     # (sum of sizes,)
         token_logps.requires_grad_(training)    # a new leaf: autograd has the loss alone, from here
-        averages = average_logps(token_logps, (C, R))                           # (2,)
-        chosen_logps, rejected_logps = averages.split(1)                        # (1,) each
-        losses, *rewards = pair_loss(config, pair, chosen_logps, rejected_logps)
-        columns = losses, *rewards, chosen_logps, rejected_logps
-        results.append(torch.cat(columns).detach())
+        averages = average_logps(token_logps, sizes).view(-1, 2)                # (pairs, 2)
+        losses, *rewards = pair_loss(config, group, *averages.T)
+        results.append(torch.column_stack((losses, *rewards, averages)).detach())
         if training:
             (grad,) = torch.autograd.grad(grad_scale * losses.sum(), token_logps)
             grad_states[start:end] = target_logps_backward(
-                grad, *inputs, logsumexp, kept, weight.grad)
-    return torch.stack(results), grad_states
+                grad, *inputs, logsumexp, kept, grad_weight)
+    if training:
+        weight.grad = grad_weight.to(weight.dtype)
+    return torch.cat(results), grad_states
+
+
+def groups_of(pairs, room):
+    """Pairs in their order, in groups of at most `room` response tokens, or of one pair."""
+    groups = []
+    left = -1
+    for pair in pairs:
+        n = sum(pair.lengths[1:])
+        if n > left:
+            groups.append([])
+            left = room
+        groups[-1].append(pair)
+        left -= n
+    return groups
 
 
 def run_rows(model, rows, config, grad_scale=None):
@@ -256,7 +269,8 @@ def run_rows(model, rows, config, grad_scale=None):
             set_gradient_sync(
                 model, last_row=row is rows[-1], every_row=config.sync_every_micro_batch)
         if row.indices:
-            results[row.indices] = run_row(model, row, config, grad_scale)
+            of_pairs = run_row(model, row, config, grad_scale)
+            results.index_copy_(0, to_device(row.indices, model.device), of_pairs)
         else:
             # A filler (see pack): FSDP's collective operations need all ranks to run as many rows.
             run_row(model, row, config, 0.0 if training else None)
@@ -271,8 +285,8 @@ class StepOutcome:
     results: torch.Tensor           # (B, 5), on every rank
     rows: list[PackedPairs]         # what the pairs were packed into
     grad_norm: float                # before clipping
-    applied: bool                   # False: a result or grad_norm was not finite, so that the
-                                    # weights and moments stayed as they were
+    applied: bool                   # False: not all was finite, weights and moments stayed
+    seconds: float                  # that forward and backward passes took
 
 
 def train_step(model, optimizer, pairs, rate, config):
@@ -285,45 +299,28 @@ def train_step(model, optimizer, pairs, rate, config):
 
     # 2. The gradient of the mean loss over all B pairs. FSDP divides the sum over ranks by `world`,
     #    so each rank scales its losses by world / B.
+    began = time.perf_counter()
     results = run_rows(model, rows, config, grad_scale=world / len(pairs))
     grad_norm = clip_gradients(model, config.max_grad_norm)
+    seconds = time.perf_counter() - began       # of all that the GPU did: clipping waits for it
 
-    # 3. The step, unless something is not finite. All ranks have the same numbers, and so decide
-    #    alike.
+    # 3. The step, unless something is not finite: the numbers of all ranks are the same.
     for group in optimizer.param_groups:
         group["lr"] = rate
     applied = math.isfinite(grad_norm) and results.isfinite().all().item()
     if applied:
         optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(results, rows, grad_norm, applied)
+    return StepOutcome(results, rows, grad_norm, applied, seconds)
 
 
 def learning_rate(step, total, config):
-    """The learning rate of step 0 to total - 1: a linear warm-up, whose first step is not 0, then a
-    cosine towards zero."""
+    """Of steps 0 to total - 1: a linear warm-up, not from 0, then a cosine towards zero."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     angle = math.pi * (step - warmup) / (total - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(angle))
-
-
-def make_optimizer(model, config):
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]         # norms, biases: not decayed
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    # The moments are made now. Else get_state_dict (checkpoint.py) would make them, by a step of
-    # its own, if it had to save before the first step that is applied.
-    for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -347,14 +344,17 @@ def score_pairs(model, pairs, config, noted=None):
 
 
 def reference_logps(model, pairs, config):
-    """Summed log-probs of B pairs under the model as it is now, (B, 2). That is all that DPO needs
-    of its reference: no second model is kept. ValueError names a pair without finite ones."""
+    """Log-probs of B pairs under the model as it is now, (B, 2): sums for DPO, averages for
+    dpo_norm. That is all that they need of their reference: no second model is kept. ValueError
+    names a pair without finite ones."""
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     averages = score_pairs(model, pairs, config)[:, [CHOSEN_LOGP, REJECTED_LOGP]].cpu()
     for pair, finite in zip(pairs, averages.isfinite().all(1).tolist()):
         if not finite:
             raise ValueError(f"{pair.source}: its log-probs under the starting model, which are "
                              "DPO's reference, are not finite")
+    if config.method == "dpo_norm":
+        return averages
     return averages * torch.tensor(lengths, dtype=torch.float64)
 
 
@@ -447,6 +447,7 @@ class Run:
     # log-probs of all pairs at step 0.
     progress: dict
     noted: Noted | None = None          # the signals that came
+    seconds_between: float = 0.0        # from the last step to the one in hand
     unlogged: list[dict] = field(default_factory=list)      # lines that the disk had no room for
 
     def log(self, *lines):
@@ -477,6 +478,22 @@ def main(config):
         unlock_all()
 
 
+def make_optimizer(model, config):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]         # norms, biases: not decayed
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    # The moments are made now: a run may have to be saved before the first step that is applied.
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
 def train(run):
     """The loop: from the step where the run is to its end, or to a signal."""
     config, progress = run.config, run.progress
@@ -489,10 +506,11 @@ def train(run):
         evaluated = [line["step"] for line in run.evaluations]
         if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
             evaluate(run, first)
-        began = time.perf_counter()
+        began = step_ended = time.perf_counter()
         for i in range(first, n_steps):
             # 1. The step.
             step_began = time.perf_counter()
+            run.seconds_between = step_began - step_ended
             pairs = [run.pairs[j] for j in run.steps[i]]
             rate = learning_rate(i, n_steps, config)
             outcome = train_step(run.model, run.optimizer, pairs, rate, config)
@@ -502,10 +520,10 @@ def train(run):
             progress["skipped_in_a_row"] = progress["skipped_in_a_row"] + 1 if skipped else 0
 
             # 2. Print it and log it.
-            now = time.perf_counter()
-            metrics = step_metrics(run, outcome, pairs, rate, now - step_began)
+            step_ended = time.perf_counter()
+            metrics = step_metrics(run, outcome, pairs, rate, step_ended - step_began)
             run.log(metrics)
-            left = (now - began) / (i + 1 - first) * (n_steps - i - 1)
+            left = (step_ended - began) / (i + 1 - first) * (n_steps - i - 1)
             say(step_line(metrics, n_steps, left))
             if skipped:
                 say(skipped_line(outcome, metrics))
@@ -618,7 +636,7 @@ def open_run(config, device):
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer, progress)
         say(f"resume   {checkpoint}, {len(steps) - first} steps to go")
-    if config.method == "dpo":
+    if config.method in ("dpo", "dpo_norm"):
         if not checkpoint:
             progress["reference"] = reference_logps(model, pairs + held_out, config)
         for pair, ref_logps in zip(pairs + held_out, progress["reference"].tolist()):
@@ -721,7 +739,9 @@ def step_metrics(run, outcome, pairs, rate, seconds):
     """The line of metrics.jsonl of a step."""
     metrics = {"step": run.progress["step"], **metrics_of(outcome.results)}
     metrics |= {"grad_norm": outcome.grad_norm, "learning_rate": rate, "pairs": len(pairs)}
-    metrics |= work_of(outcome.rows, seconds)
+    is_clipped = outcome.applied and outcome.grad_norm > run.config.max_grad_norm
+    metrics["clipped"] = int(is_clipped)        # the mean over steps is the share of clipped ones
+    metrics |= work_of(outcome.rows, seconds) | speed_of(run, outcome, seconds)
     metrics["skipped"] = run.progress["skipped"]
     if not outcome.applied:
         # Where all losses are finite and the gradient is not, it may be any of the pairs.
@@ -744,6 +764,23 @@ def work_of(rows, seconds):
         "micro_batches": len(rows) // world,
         "imbalance": waited_for * world / total,        # 1 is even
         "tokens_per_second": total / seconds}
+
+
+def speed_of(run, outcome, seconds):
+    """Where a step's time went, and what a GPU had to hold and made of it."""
+    speed = {
+        "seconds": seconds,
+        "seconds_rows": outcome.seconds,                # of these, forward and backward passes
+        "seconds_between": run.seconds_between}         # before: saving, evaluating, printing
+    device = run.model.device
+    if device.type != "cpu":
+        speed["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9     # of rank 0
+        peak = run.config.peak_tflops * 1e12 or gpu.peak_flops(device)
+        if peak:
+            lengths = [n for row in outcome.rows if row.indices for n in row.lengths]
+            flops = gpu.useful_flops(run.model.config, lengths)
+            speed["mfu"] = flops / seconds / dist.get_world_size() / peak
+    return speed
 
 
 def step_line(m, n_steps, seconds_left):
@@ -781,8 +818,9 @@ def report(run, dropped):
     """Prints the first lines of a run: what is about to be trained on what."""
     config, chat = run.config, run.chat
     knobs = ", ".join(f"{name} {getattr(config, name):g}" for name in METHODS[config.method])
-    if config.sft_weight:
-        knobs += f", sft_weight {config.sft_weight:g}"
+    for name in ("sft_weight", "label_smoothing"):
+        if getattr(config, name):
+            knobs += f", {name} {getattr(config, name):g}"
     print(f"method   {config.method}: {knobs}")
     report_model(config, run.model)
     tokenizer = chat.tokenizer
@@ -920,10 +958,10 @@ def _each(value, function):
 POSITIVE = (
     "beta", "learning_rate", "max_grad_norm", "pairs_per_step", "epochs", "max_length",
     "max_prompt_length", "tokens_per_micro_batch", "max_new_tokens", "timeout_minutes")
-FINITE = ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay")
+FINITE = ("alpha", "gamma_beta_ratio", "sft_weight", "weight_decay", "peak_tflops")
 NOT_NEGATIVE = (
     "sft_weight", "weight_decay", "max_steps", "eval_every", "eval_pairs", "seed", "save_every",
-    "keep_last")
+    "keep_last", "peak_tflops")
 DTYPES = {      # "": a default
     "save_dtype": ("", "float32", "bfloat16", "float16", "float64"),
     "weight_dtype": ("float32", "float64"),
@@ -993,6 +1031,9 @@ def check_numbers(config):
             raise ValueError(f"{name} = {getattr(config, name)}; expected 0 or more")
     if config.timeout_minutes > 10**6:
         raise ValueError(f"timeout_minutes = {config.timeout_minutes}; expected at most a million")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing = {config.label_smoothing}; expected a share of pairs, below 0.5")
     if not 0 <= config.warmup_ratio <= 1:
         raise ValueError(
             f"warmup_ratio = {config.warmup_ratio}; expected a share of the steps, 0 to 1")

@@ -49,7 +49,7 @@ import distributed
 import plan
 import score
 import train
-from benchmarks.step import useful_flops
+from gpu import useful_flops
 from benchmarks.workers import machine
 from command import run_command
 from data.files import check_output, write_whole

@@ -13,8 +13,6 @@ import resource
 import subprocess
 import sys
 
-import torch
-
 import cpu
 from alphapo import average_logps
 from benchmarks.workers import ROOT, resident
@@ -37,13 +35,9 @@ def full_logits_row(model, row, config, grad_scale):
     for _, C, R in row.lengths:
         sizes += [C, R]
     averages = average_logps(logps, sizes).view(-1, 2)                                  # (B, 2)
-    losses = []
-    for pair, of_pair in zip(row.pairs, averages):
-        chosen, rejected = of_pair.split(1)
-        losses.append(pair_loss(config, pair, chosen, rejected)[0])
-    losses = torch.stack(losses)                                                        # (B, 1)
+    losses, *_ = pair_loss(config, row.pairs, *averages.T)                              # (B,)
     (grad_scale * losses.sum()).backward()
-    return losses.detach()
+    return losses[:, None].detach()
 
 
 WAYS = {"pair": run_row, "full": full_logits_row}

@@ -23,12 +23,13 @@ import torch
 
 import cpu
 from benchmarks.lengths import pair_lengths
-from benchmarks.step import matmul_rate, useful_flops
+from benchmarks.step import matmul_rate
 from benchmarks.workers import machine
 from command import run_command
 from data.files import check_output, write_whole
 from data.preference import PreferencePair, pack
 from distributed import join_ranks
+from gpu import useful_flops
 from model import ModelConfig, Transformer, pair_attention
 from train import TrainConfig, head_and_loss, resolve_config, run_rows
 

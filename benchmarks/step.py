@@ -35,6 +35,7 @@ from command import run_command
 from data.files import check_output, write_whole
 from data.preference import PreferencePair
 from distributed import join_ranks, load_sharded
+from gpu import useful_flops
 from model import Transformer, checkpoint_tensors, read_config
 from train import LOSS, TrainConfig, make_optimizer, resolve_config, train_step
 
@@ -184,6 +185,8 @@ def trl(folder, pairs, steps, batch, turns):
             "chosen": text(pair["chosen"][:-1]),
             "rejected": text(pair["rejected"][:-1])})
     cuda = torch.cuda.is_available()
+    # TRL leaves PyTorch's choice of attention, and cuDNN's would plan anew for every batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config = CPOConfig(
         output_dir=tempfile.mkdtemp(),
         loss_type="alphapo",
@@ -279,19 +282,6 @@ def matmul_rate(width, multiply=pytorch_product):
             multiply(a, b)
         best = max(best, 10 * 2 * a.numel() * len(b) / (time.perf_counter() - began))
     return best
-
-
-def useful_flops(c, lengths):
-    """FLOP of a step of a model with ModelConfig c that computes prompts once, logits of response
-    tokens only, and causal attention. The backward pass is twice the forward pass."""
-    block = c.dim * (2 * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.hidden_dim)
-    total = 0
-    for P, C, R in lengths:
-        seen = P * P / 2 + (P * C + C * C / 2) + (P * R + R * R / 2)    # pairs of query and key
-        blocks = 2 * block * (P + C + R) + 4 * c.n_heads * c.head_dim * seen
-        head = 2 * c.dim * c.vocab_size * (C + R)
-        total += c.n_layers * blocks + head
-    return 3 * total
 
 
 # --- the measurement ------------------------------------------------------------------------------

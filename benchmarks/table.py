@@ -1,7 +1,7 @@
-"""The table of speed in benchmarks/README.md, from the committed results of the other programs.
+"""The tables of speed in benchmarks/README.md, from the committed results of the other programs.
 
-    python -m benchmarks.table                  # prints it
-    python -m benchmarks.table --write          # puts it into benchmarks/README.md
+    python -m benchmarks.table                  # prints them
+    python -m benchmarks.table --write          # puts them into benchmarks/README.md
 """
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from plan import kept_per_token
 
 HERE = Path(__file__).resolve().parent
 BEGIN_MARK = "<!-- benchmarks/table.py -->\n"
+GPU_MARK = "<!-- benchmarks/table.py, of gpu.json -->\n"
 END_MARK = "<!-- end -->"
 COLUMNS = (
     "what", "against", "times as fast", "useful share of PyTorch's matmul rate, ours / theirs",
@@ -128,14 +129,71 @@ def predictions():
         f"pair, is {', '.join(parts)}.\n")
 
 
+def gpu_table():
+    """What gpu_day.py found on a GPU, as Markdown."""
+    r = read("gpu")
+    lines = [
+        line(["8 of Llama-3-8B's layers", "tokens/s", "MFU", "peak memory", "kernels a step",
+              "busy"]),
+        "|---" * 6 + "|\n"]
+    for setting, f in r["steps of 8B"].items():
+        busy = sum(f["milliseconds"].values()) / 1e3 / f["profiled_seconds"]
+        lines.append(line([
+            setting, f"{f['tokens_per_second']:,.0f}", f"{f['mfu']:.1%}",
+            f"{f['peak_bytes'] / 1e9:.1f} GB", f"{f['kernels']:,}", f"{busy:.0%}"]))
+    kept = r["steps of 8B"]["kept"]
+    milliseconds = kept["milliseconds"]
+    kinds = sorted(milliseconds, key=milliseconds.get, reverse=True)
+    parts = ", ".join(f"{kind} {milliseconds[kind]:.0f}" for kind in kinds)
+    rate = kept["profiled_flops"] / (milliseconds["matmul"] + milliseconds["attention"]) * 1e3
+    lines.append(
+        f"\nOf a step with activations kept, {kept['profiled_tokens']:,} tokens in "
+        f"{1e3 * kept['profiled_seconds']:.0f} ms, the GPU spends, in ms: {parts}. Products and "
+        f"attention run at {rate / 1e12:.0f} TFLOP/s of useful work; a product of 8,192 alone "
+        f"reaches {r['card']['matmul_flops'] / 1e12:.0f}, a copy "
+        f"{r['card']['copy_bytes'] / 1e12:.1f} TB/s.\n\n")
+
+    title = "sampling, Llama-3-8B's shape, tokens/s"
+    lines += [line([title, "batch 1", "32", "128"]), "|---" * 4 + "|\n"]
+    for setting, title in (("plain", "plain attention with a mask"), ("flash", "flash attention"),
+                           ("graph", "and a CUDA graph")):
+        lines.append(line([title] + [
+            f"{r['sampler'][f'{setting}, batch {batch}']:,.0f}" for batch in (1, 32, 128)]))
+    lines.append("\n")
+
+    ours = r["trl"]["ours"]
+    (way,) = (way for way in r["trl"] if way != "ours")
+    theirs = r["trl"][way]
+    difference = abs(ours["loss"] - theirs["loss"])
+    lines.append(
+        f"A step of Llama-3.2-1B's shape: {ours['tokens_per_second']:,.0f} tokens/s, MFU "
+        f"{ours['mfu']:.0%}, {theirs['seconds'] / ours['seconds']:.2f} times as fast as TRL's with "
+        f"{trl_batch(way)} pairs a batch ({theirs['tokens_per_second']:,.0f} tokens/s); the first "
+        f"losses differ by {difference:.3f}, in bf16.\n\n")
+
+    lines += [line(["error in bf16", "relative"]), "|---" * 2 + "|\n"]
+    lines += [line([what, f"{error:.1e}"]) for what, error in r["exact"].items()]
+    run = r["run"]
+    largest = max(abs(a - b) for a, b in zip(run["losses"], run["resumed"]))
+    lines.append(
+        f"\ntrain.py under torchrun with NCCL on one GPU, 12 steps of the embedded model: the loss "
+        f"on held-out pairs goes from {run['eval_losses'][0]:.4f} to {run['eval_losses'][-1]:.4f}; "
+        f"after a lost end and --resume the losses differ by at most {largest:g}.\n")
+    return "".join(lines)
+
+
 def main(argv):
     if argv != ["--write"]:
         print(table())
+        print(gpu_table())
         return
     readme = HERE / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN_MARK)
-    _, after = rest.split(END_MARK, 1)
-    write_whole(readme, before + BEGIN_MARK + table() + END_MARK + after)
+    text = readme.read_text(encoding="utf-8")
+    for mark, rows in ((BEGIN_MARK, table()), (GPU_MARK, gpu_table())):
+        before, rest = text.split(mark)
+        _, after = rest.split(END_MARK, 1)
+        text = before + mark + rows + END_MARK + after
+    write_whole(readme, text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ pairs.
 
 --uncertainty K lowers the mean score of an answer by K standard deviations between its scorers (of
 these scores as a whole population), for best and worst alike: answers on which scorers disagree are
-chosen less often and rejected more often.
+chosen less often and rejected more often. With --spread variance it is K variances, as in the other
+of the two penalties of Bayesian reward models (Yang et al. 2024, arXiv 2402.13210).
+
+--agree keeps a pair only if every scorer puts its answers into this order: scorers that err in
+different ways review each other (collaborative reward modelling, Zhang et al. 2025, arXiv
+2505.10597).
 """
 import argparse
 import math
@@ -24,14 +29,15 @@ from data.files import Dropped, check_output, is_finite_number, read_records, wr
 from data.preference import are_finite_numbers, as_answers, best_against_worst
 
 
-def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_stands=False):
+def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_stands=False,
+               spread="deviation", agree=False):
     """(pairs, dropped) of a file of scored answers; `dropped` counts what was left out, by reason.
 
     ValueError names the bad lines (skip_bad_lines: they are dropped and counted), or says that no
     pair is left.
     """
     def use(record, source):
-        return make_pair(record, min_gap, uncertainty, as_it_stands)
+        return make_pair(record, min_gap, uncertainty, as_it_stands, spread, agree)
 
     # A bad line, or one that makes no pair, is dealt with in read_records.
     dropped = Counter()
@@ -42,14 +48,16 @@ def make_pairs(path, min_gap=0.0, uncertainty=0.0, skip_bad_lines=False, as_it_s
     return pairs, dropped
 
 
-def make_pair(record, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
+def make_pair(record, min_gap=0.0, uncertainty=0.0, as_it_stands=False, spread="deviation",
+              agree=False):
     """The pair of one record of scored answers, as a line to write.
 
-    ValueError if the record is malformed, Dropped for a tie or a gap of scores under min_gap.
+    ValueError if the record is malformed. Dropped for a tie, a gap of scores under min_gap, and
+    with `agree` for an order that a scorer does not confirm.
     """
     # From here on the lowered scores are the scores of the answers (of a copy: the record stays).
     if uncertainty:
-        record = record | {"all_rm_scores": cautious_scores(record, uncertainty)}
+        record = record | {"all_rm_scores": cautious_scores(record, uncertainty, spread)}
     turns, best, worst = best_against_worst(record, as_it_stands)
     answers = record["all_generated_responses"]
     scores = record["all_rm_scores"]
@@ -57,6 +65,9 @@ def make_pair(record, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
     # Scores are noisy: a small gap may prefer the worse answer.
     if scores[best] - scores[worst] < min_gap:
         raise Dropped(f"gap under min_gap = {min_gap:g}")
+    if agree and not all(of_one[best] > of_one[worst]
+                         for of_one in scores_by_scorer(record, "--agree")):
+        raise Dropped("order that not every scorer confirms")
 
     # The prompt stays as it was given, unless columns (system, history) add to it: the line that is
     # written has no such columns.
@@ -72,34 +83,37 @@ def make_pair(record, min_gap=0.0, uncertainty=0.0, as_it_stands=False):
     }
 
 
-def cautious_scores(record, uncertainty):
-    """Of every answer of a record, the mean of its scores less `uncertainty` standard deviations.
-
-    The column all_scorer_scores holds a list for each scorer, with a score for each answer.
-    ValueError if it is malformed.
-    """
+def scores_by_scorer(record, option):
+    """The column all_scorer_scores: a list for each scorer, with a score for each answer.
+    ValueError if it is malformed, that names the option which needs it."""
     # The scoring command writes this column where it ran several scorers.
     _, answers = as_answers(record, as_it_stands=True)
     n_answers = len(answers)
-    scores_by_scorer = record.get("all_scorer_scores")
-    if not isinstance(scores_by_scorer, list) or len(scores_by_scorer) < 2:
-        raise ValueError("all_scorer_scores; expected the lists of two scorers or more, for "
-                         "--uncertainty")
-    for i, scores in enumerate(scores_by_scorer, 1):
+    by_scorer = record.get("all_scorer_scores")
+    if not isinstance(by_scorer, list) or len(by_scorer) < 2:
+        raise ValueError(
+            f"all_scorer_scores; expected the lists of two scorers or more, for {option}")
+    for i, scores in enumerate(by_scorer, 1):
         if not are_finite_numbers(scores) or len(scores) != n_answers:
             raise ValueError(f"all_scorer_scores, scorer {i}; expected a list of {n_answers} "
                              "finite numbers, one an answer")
+    return by_scorer
 
+
+def cautious_scores(record, uncertainty, spread="deviation"):
+    """Of every answer of a record, the mean of its scores less `uncertainty` standard deviations,
+    or variances. ValueError if its scores are malformed."""
+    spread_of = {"deviation": statistics.pstdev, "variance": statistics.pvariance}[spread]
     # Nothing is rescaled: where the scales of scorers differ, so do their scores for any answer.
     cautious = []
-    for scores in zip(*scores_by_scorer):       # all scores of one answer
+    for scores in zip(*scores_by_scorer(record, "--uncertainty")):      # all scores of one answer
         try:
-            score = statistics.fmean(scores) - uncertainty * statistics.pstdev(scores)
+            score = statistics.fmean(scores) - uncertainty * spread_of(scores)
         except OverflowError:
             score = math.nan
         if not is_finite_number(score):
             raise ValueError(f"all_scorer_scores holds {list(scores)!r:.60} of one answer, too "
-                             "large for their mean less --uncertainty deviations to be a number")
+                             f"large for their mean less --uncertainty {spread}s to be a number")
         cautious.append(score)
     return cautious
 
@@ -111,7 +125,8 @@ def main(argv=None):
     args = parse_args(argv)
     check_output(args.output, args.input)
     pairs, dropped = make_pairs(
-        args.input, args.min_gap, args.uncertainty, args.skip_bad_lines, args.as_it_stands)
+        args.input, args.min_gap, args.uncertainty, args.skip_bad_lines, args.as_it_stands,
+        args.spread, args.agree)
     write_records(args.output, pairs)
 
     # 2. Say what was made of the file.
@@ -131,6 +146,10 @@ def parse_args(argv):
                         help="drop pairs whose scores differ by less")
     parser.add_argument("--uncertainty", type=float, default=0.0, metavar="K",
                         help="standard deviations between scorers that are taken off a score")
+    parser.add_argument("--spread", choices=("deviation", "variance"), default="deviation",
+                        help="what --uncertainty takes off")
+    parser.add_argument("--agree", action="store_true",
+                        help="drop pairs whose order not every scorer confirms")
     parser.add_argument("--skip_bad_lines", action="store_true",
                         help="drop and count bad lines instead of stopping")
     parser.add_argument("--as_it_stands", action="store_true",

@@ -17,8 +17,8 @@ where a turn is {"role": "system" | "user" | "assistant", "content": "..."}. dat
 which columns may hold or change the prompt, and what is refused because it is not text (tools,
 images); other columns are ignored.
 
-A record of another shape is a bad line, and named by file and line. A pair that cannot teach
-anything (identical answers) or is too long is dropped and counted. Nothing is ever cut short.
+A record of another shape is a bad line, and named by file and line. A pair of identical answers, or
+one that is too long, is dropped and counted. Nothing is ever cut short.
 """
 import hashlib
 import heapq
@@ -43,8 +43,8 @@ class PreferencePair:
     chosen: np.ndarray     # the preferred response, with its end-of-turn token
     rejected: np.ndarray   # the other one, likewise
     source: str            # "file:line", or "file: item N"
-    # DPO only: SUMMED log-probs under the reference. NaN until they are set, so that a step without
-    # them is not applied.
+    # Log-probs under the reference: SUMMED for DPO, averages for dpo_norm. NaN until they are set,
+    # so that a step without them is not applied.
     ref_logps: tuple[float, float] = (math.nan, math.nan)
 
     @property
@@ -126,9 +126,7 @@ def as_answers(record, as_it_stands=False):
 
 def are_finite_numbers(values):
     """Whether a value of a record is a list of finite numbers."""
-    if not isinstance(values, list):
-        return False
-    return all(map(is_finite_number, values))
+    return isinstance(values, list) and all(map(is_finite_number, values))
 
 
 def encode_pair(record, source, chat, max_length, max_prompt_length, as_it_stands=False):
@@ -222,13 +220,8 @@ def hold_out(pairs, n, seed):
         raise ValueError(f"cannot hold out {n} of {len(pairs)} pairs: every prompt has more of "
                          "them, and pairs of one prompt stay together; raise eval_pairs")
 
-    training = []
-    held_out = []
-    for i, pair in enumerate(pairs):
-        if i in held_indices:
-            held_out.append(pair)
-        else:
-            training.append(pair)
+    training = [pair for i, pair in enumerate(pairs) if i not in held_indices]
+    held_out = [pair for i, pair in enumerate(pairs) if i in held_indices]
     return training, held_out
 
 

@@ -1,4 +1,4 @@
-"""The paper's question: what does alpha do? AlphaPO at seven alphas (0 is SimPO), and DPO.
+"""The paper's question: what does alpha do? AlphaPO at eight alphas (0 is SimPO), DPO, controls.
 
     python -m experiments.alpha tiny            # 20 minutes on 2 cores; continues where it stopped
     python -m experiments.alpha smollm2         # on pairs of SmolLM2's own answers: half an hour
@@ -11,6 +11,7 @@ seeds. On SmolLM2 there is time for six ways, one rate and one seed. Each run is
 `python train.py configs/RECIPE.toml` with other knobs.
 """
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -31,18 +32,25 @@ from train import parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The method and the alpha of each way.
+# The method, alpha and beta of each way; None is the default.
 WAYS = {
-    "alpha = -1": ("alphapo", -1),
-    "alpha = -0.25": ("alphapo", -0.25),
-    "SimPO (alpha = 0)": ("simpo", 0),
-    "alpha = 0.1": ("alphapo", 0.1),
-    "alpha = 0.25": ("alphapo", 0.25),
-    "alpha = 0.5": ("alphapo", 0.5),
-    "alpha = 1": ("alphapo", 1),
-    "DPO (beta = 0.01)": ("dpo", None),
+    "alpha = -1": ("alphapo", -1, None),
+    "alpha = -0.25": ("alphapo", -0.25, None),
+    "SimPO (alpha = 0)": ("simpo", 0, None),
+    "alpha = 0.1": ("alphapo", 0.1, None),
+    "alpha = 0.25": ("alphapo", 0.25, None),
+    "alpha = 0.5": ("alphapo", 0.5, None),
+    "alpha = 1": ("alphapo", 1, None),
+    "alpha = 2": ("alphapo", 2, None),
+    "DPO (beta = 0.01)": ("dpo", None, None),
+    # Controls. SimPO whose reward has the slope of alpha = 1 at the mean log-prob of the start
+    # (order.py); DPO on averages; and DPO whose beta is SimPO's over the mean length, 11.9 tokens.
+    "SimPO (beta = 2.93)": ("simpo", 0, 2.93),
+    "DPO on averages (beta = 2.5)": ("dpo_norm", None, None),
+    "DPO (beta = 0.21)": ("dpo", None, 0.21),
 }
-LEFT_OUT_OF_SMOLLM2 = ("alpha = 0.1", "alpha = 0.5")
+SIMPO = "SimPO (alpha = 0)"
+GAMMA = 0.25        # SimPO's target margin, whatever its beta
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Study:
 TINY = Study("tiny", rates=(1e-5, 3e-5, 1e-4), search_seeds=(10,), seeds=(0, 1, 2, 3, 4))
 SMOLLM2 = Study(
     "smollm2", rates=(5e-5,), search_seeds=(), seeds=(0,),
-    ways=tuple(way for way in WAYS if way not in LEFT_OUT_OF_SMOLLM2))
+    ways=("alpha = -1", "alpha = -0.25", SIMPO, "alpha = 0.25", "alpha = 1", "DPO (beta = 0.01)"))
 STUDIES = {study.recipe: study for study in (TINY, SMOLLM2)}
 
 
@@ -70,14 +78,19 @@ STUDIES = {study.recipe: study for study in (TINY, SMOLLM2)}
 def run(study, label, rate, seed):
     """One run and what came of it, as a dict."""
     # 1. Train, or take the run that is there.
-    method, alpha = WAYS[label]
-    output = ROOT / "runs" / "alpha" / f"{study.recipe}-{method}-{alpha}-{rate:g}-{seed}"
+    method, alpha, beta = WAYS[label]
+    name = f"{study.recipe}-{method}-{alpha}-{rate:g}-{seed}" + (f"-beta{beta:g}" if beta else "")
+    output = ROOT / "runs" / "alpha" / name
     output.parent.mkdir(parents=True, exist_ok=True)
     argv = [
         str(ROOT / "configs" / f"{study.recipe}.toml"), "--method", method,
         "--learning_rate", f"{rate}", "--seed", f"{seed}", "--output", str(output), "--resume"]
     if method == "alphapo":
         argv += ["--alpha", f"{alpha}"]
+    if beta:
+        argv += ["--beta", f"{beta}"]
+    if beta and method == "simpo":
+        argv += ["--gamma_beta_ratio", f"{GAMMA / beta}"]
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *argv],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -86,9 +99,12 @@ def run(study, label, rate, seed):
 
     # 2. What it measured before and after.
     evaluations = []
+    clipped = []            # of each step, 0 or 1
     for _, line in read_jsonl(output / "metrics.jsonl"):
         if "eval_judge_score" in line:
             evaluations.append(line)
+        else:
+            clipped.append(line["clipped"])
     before = evaluations[0]
     after = evaluations[-1]
     d = drift_of_run(argv, output, seed)
@@ -109,6 +125,7 @@ def run(study, label, rate, seed):
         "fell": after["eval_displacement/fell"],
         "displacement_rejected": after["eval_displacement/rejected"],
         "answer_tokens": after["eval_judge_tokens"],
+        "clipped": statistics.mean(clipped),
         "kl": d["kl"],
         "kl_stderr": d["kl_stderr"],
     }
@@ -162,9 +179,53 @@ def best_rate(study, rows, label):
 
 # --- tables ---------------------------------------------------------------------------------------
 
+def finished(study, rows):
+    """The ways of a study that have all their runs."""
+    found = {(r["label"], r["learning_rate"], r["seed"]) for r in rows}
+    ways = []
+    for label in study.ways:
+        jobs = {(label, rate, seed) for rate in study.rates for seed in study.search_seeds}
+        if jobs <= found:
+            jobs |= {(label, best_rate(study, rows, label), seed) for seed in study.seeds}
+        if jobs <= found:
+            ways.append(label)
+    return ways
+
+
 def table(study, rows):
-    """Markdown, a line for each way."""
-    return table_of_seeds(study, rows) if len(study.seeds) > 1 else table_of_a_seed(rows)
+    """Markdown, a line for each way that has all its runs."""
+    if len(study.seeds) == 1:
+        return table_of_a_seed(rows)
+    return f"{table_of_seeds(study, rows)}\n\n{paired_table(study, rows)}"
+
+
+def paired_table(study, rows):
+    """Differences to SimPO on the same seed: their mean and its standard error, bold beyond two."""
+    metrics = {"score": (1, 1), "accuracy": (100, 1), "displacement_chosen": (1, 4), "kl": (1, 4)}
+    of_seeds = {(r["label"], r["seed"]): r for r in rows if r["seed"] in study.seeds}
+    lines = [
+        "| less SimPO, seed by seed | learning rate | judged score | accuracy, points "
+        "| chosen moved by | KL, nats a token |",
+        "|---" * 6 + "|"]
+    for label in finished(study, rows):
+        if label == SIMPO:
+            continue
+        cells = [f"{of_seeds[label, study.seeds[0]]['learning_rate']:g}"]
+        for metric, (unit, digits) in metrics.items():
+            differences = []
+            for seed in study.seeds:
+                mine, simpo = of_seeds[label, seed], of_seeds[SIMPO, seed]
+                differences.append(unit * (mine[metric] - simpo[metric]))
+            cells.append(difference_cell(differences, digits))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference_cell(differences, digits):
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    text = f"{mean:+.{digits}f} +- {error:.{digits}f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def table_of_a_seed(rows):
@@ -193,7 +254,7 @@ def table_of_seeds(study, rows):
         "| KL, nats a token | tokens an answer "
         f"| pushed, rate {pushed_rate:g} on seed {pushed_seed}: score | chosen moved by | KL |",
         "|---" * 11 + "|"]
-    for label in study.ways:
+    for label in finished(study, rows):
         runs = [r for r in rows if r["label"] == label]
         of_seeds = [r for r in runs if r["seed"] in study.seeds]
         (pushed,) = [r for r in runs

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 import ranks
 import train
 from ranks import Ranks, at_call
+from small import TIMES
 
 ROOT = Path(train.__file__).parent
 TINY = ROOT / "data" / "tiny"
@@ -518,7 +519,7 @@ def assert_same_model(folder, expected):
 
 def assert_same_metrics(out, expected, ignored):
     """Each step and each evaluation once, in order, with equal numbers (but of speed)."""
-    varying = ("tokens_per_second", *ignored)
+    varying = (*TIMES, *ignored)
     found, expected = [
         [{name: value for name, value in line.items() if not name.startswith(varying)} for line in metrics(folder)]
         for folder in (out, expected)]

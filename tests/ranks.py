@@ -105,9 +105,10 @@ def not_finite(lines):
     """The pairs of these lines of any data file get a loss that is not a number."""
     whole = train.pair_loss
 
-    def pair_loss(config, pair, chosen, rejected):
-        losses, *rewards = whole(config, pair, chosen, rejected)
-        return losses * (math.nan if int(pair.source.rsplit(":")[-1]) in lines else 1), *rewards
+    def pair_loss(config, pairs, chosen, rejected):
+        losses, *rewards = whole(config, pairs, chosen, rejected)
+        factors = [math.nan if int(pair.source.rsplit(":")[-1]) in lines else 1 for pair in pairs]
+        return losses * torch.tensor(factors), *rewards
     train.pair_loss = pair_loss
 
 
@@ -132,9 +133,9 @@ def fails_at_step(rank, step, how):
 def slow_pairs(seconds):
     whole = train.pair_loss
 
-    def pair_loss(*args):
-        time.sleep(seconds)
-        return whole(*args)
+    def pair_loss(config, pairs, *logps):
+        time.sleep(seconds * len(pairs))
+        return whole(config, pairs, *logps)
     train.pair_loss = pair_loss
 
 

@@ -8,6 +8,9 @@ import torch
 from data.preference import PreferencePair
 from model import Transformer, read_config
 
+# What a step's line of metrics.jsonl says of time.
+TIMES = ("tokens_per_second", "seconds", "seconds_rows", "seconds_between")
+
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 60,
           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,

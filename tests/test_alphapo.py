@@ -377,6 +377,69 @@ def test_rewards_returned_are_the_shaped_rewards():
         assert got.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+# --- noisy labels and DPO on averages -------------------------------------------------------------
+
+SMOOTHING = [0.0, 0.1, 0.3]
+
+
+@pytest.mark.parametrize("alpha", [-1, 0, 0.25, 1])
+@pytest.mark.parametrize("e", SMOOTHING)
+def test_label_smoothing_mixes_the_loss_with_that_of_the_swapped_margin(e, alpha):
+    # As TRL 1.16's CPOTrainer for simpo and alphapo: the margin is turned around after gamma is taken off it.
+    pairs = [(-0.5, -0.8), (-0.8, -0.5), (-0.01, -11.8), (-30.0, -2.0), (-0.3, -0.3)]
+    rows = zip(*loss_and_gradients(pairs, torch.float64, alpha=alpha, beta=2.5, gamma_beta_ratio=0.1,
+                                   label_smoothing=e))
+    for chosen, rejected, *got in rows:
+        args = numbers(chosen, rejected, alpha, 2.5, 0.1)
+
+        def mixed(c, r):
+            m = exact_margin(c, r, *args[2:])
+            share = mpmath.mpf(e)
+            return (1 - share) * mpmath.log1p(mpmath.exp(-m)) + share * mpmath.log1p(mpmath.exp(m))
+
+        c, r = args[:2]
+        exact = mixed(c, r), mpmath.diff(lambda x: mixed(x, r), c), mpmath.diff(lambda x: mixed(c, x), r)
+        for value, expected in zip(got, exact):
+            assert value.item() == pytest.approx(float(expected), rel=1e-11)
+
+
+@pytest.mark.parametrize("e", SMOOTHING)
+def test_label_smoothing_of_dpo_is_conservative_dpo(e):
+    values = torch.tensor([[-20.0, -40.0], [-31.5, -12.0], [-22.0, -35.0], [-30.0, -14.0]], dtype=torch.float64)
+    losses, *_ = dpo_loss(*values, beta=0.1, label_smoothing=e)
+    for loss, (c, r, c_ref, r_ref) in zip(losses.tolist(), values.T.tolist()):
+        m = 0.1 * ((c - c_ref) - (r - r_ref))
+        assert loss == pytest.approx((1 - e) * math.log1p(math.exp(-m)) + e * math.log1p(math.exp(m)), rel=1e-12)
+
+
+def test_smoothed_losses_are_least_at_the_margin_that_the_noise_allows():
+    e, gamma = 0.2, 0.25
+    logps = torch.tensor([(gamma + math.log((1 - e) / e)) / 2.5], dtype=torch.float64, requires_grad=True)
+    losses, *_ = simpo_loss(logps, torch.zeros(1), beta=2.5, gamma_beta_ratio=0.1, label_smoothing=e)
+    losses.backward()
+    entropy = -e * math.log(e) - (1 - e) * math.log(1 - e)
+    assert abs(logps.grad.item()) < 1e-15 and losses.item() == pytest.approx(entropy, rel=1e-12)
+
+
+def test_dpo_on_averages_is_that_of_trl():
+    # TRL 1.16's DPOTrainer, loss_type "sigmoid_norm": log-ratios summed over the completion's tokens, end token
+    # included, over their number; both sides of the ratio have one mask.
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (-torch.rand(2, 4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.arange(7) < torch.tensor([[1, 7, 3, 5], [2, 1, 7, 4]])[..., None]
+    scores = ((policy - reference) * mask).sum(-1)
+    chosen, rejected = scores / mask.sum(-1).clamp(min=1.0)
+    expected = -torch.nn.functional.logsigmoid(2.5 * (chosen - rejected))
+
+    lengths = mask.sum(-1).flatten().tolist()
+    averages = [average_logps(logps[mask], lengths).view(2, 4) for logps in (policy, reference)]
+    losses, *rewards = dpo_loss(*averages[0], *averages[1], beta=2.5)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.stack(rewards), 2.5 * torch.stack([chosen, rejected]), rtol=1e-12, atol=1e-15)
+
+
+# --- averages, metrics, the file itself ------------------------------------------------------------
+
 def test_average_logps_divides_each_response_by_its_own_length():
     token_logps = torch.tensor([-1.0, -2.0, -6.0, -4.0, -0.5, -0.25], requires_grad=True)
     averages = average_logps(token_logps, [3, 1, 2])
@@ -408,8 +471,28 @@ def test_displacement_is_measured_from_the_start():
     chosen_start = torch.tensor([-0.5, -1.0, -1.0, -3.0])
     rejected_start = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     metrics = displacement_metrics(chosen, rejected, chosen_start, rejected_start)
-    assert {name: value.item() for name, value in metrics.items()} == {
-        "displacement/chosen": -0.25, "displacement/rejected": -1.5, "displacement/fell": 0.5}
+    of_all = ("chosen", "rejected", "fell")
+    assert {name: metrics[f"displacement/{name}"].item() for name in of_all} == {
+        "chosen": -0.25, "rejected": -1.5, "fell": 0.5}
+
+
+def test_displacement_by_order_tells_groups_of_pairs_apart():
+    # right: moved by -0.5 and -0.25, one of two stayed so; wrong: by +1 and, a tie at the start, -2; both changed.
+    chosen_start, rejected_start = torch.tensor([[-0.5, -1.0, -2.0, -1.0], [-1.0, -3.0, -1.5, -1.0]])
+    chosen, rejected = torch.tensor([[-1.0, -1.25, -1.0, -3.0], [-0.75, -9.0, -4.0, -3.5]])
+    metrics = displacement_metrics(chosen, rejected, chosen_start, rejected_start)
+    by_order = {name: metrics[f"displacement/{name}"].item()
+                for name in ("right", "chosen_right", "chosen_wrong", "accuracy_right", "accuracy_wrong")}
+    assert by_order == {"right": 0.5, "chosen_right": -0.375, "chosen_wrong": -0.5, "accuracy_right": 0.5,
+                        "accuracy_wrong": 1.0}
+    assert metrics["displacement/accuracy_right"].dtype == torch.float64
+
+
+def test_displacement_of_no_pairs_is_nan():
+    better, worse = torch.tensor([1.0]), torch.tensor([0.0])
+    metrics = displacement_metrics(better, worse, better, worse)
+    assert metrics["displacement/chosen_wrong"].isnan() and metrics["displacement/accuracy_wrong"].isnan()
+    assert metrics["displacement/right"] == metrics["displacement/accuracy_right"] == 1
 
 
 def test_shares_of_pairs_are_float64():

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import plot
-from experiments import concise
+from alphapo import alphapo_loss, alphapo_reward
+from experiments import concise, order
 from experiments.drift import drift, kl_of_answer
 from model import load_model
 from tokenizer import load_chat
@@ -112,3 +113,102 @@ def test_the_picture_of_shapes_holds_the_reward():
         logp, reward = line.get_xdata()[0], line.get_ydata()[0]
         expected = logp if alpha == 0 else (1 - math.exp(-alpha * logp)) / alpha
         assert reward == pytest.approx(expected)
+
+
+# --- order.py -------------------------------------------------------------------------------------------------------
+
+ORDER = [json.loads(line) for line in order.RESULTS.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("alpha", [-1, 0.25, 1, 2])
+def test_a_matched_simpo_has_the_slope_of_the_shaped_reward_at_the_point(alpha):
+    logp = torch.tensor([-0.7], dtype=torch.float64, requires_grad=True)
+    matched = order.matched_beta(alpha, 2.5, logp.item())
+    slopes = [torch.autograd.grad(alphapo_reward(logp, alpha=a, beta=beta).sum(), logp)[0].item()
+              for a, beta in ((alpha, 2.5), (0, matched))]
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-12) and slopes[0] != pytest.approx(2.5, rel=0.1)
+    # And the same target margin: near the point the losses of a pair, and their gradients, agree.
+    chosen, rejected = logp + 1e-6, logp - 1e-6
+    losses = [alphapo_loss(chosen, rejected, alpha=a, beta=beta, gamma_beta_ratio=order.GAMMA / beta)[0]
+              for a, beta in ((alpha, 2.5), (0, matched))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-11)
+
+
+def test_the_runs_of_order_are_matched_at_the_mean_log_prob_of_the_start():
+    mean = order.tiny_pairs()[2].mean().item()
+    for r in ORDER:
+        assert r["beta"] == pytest.approx(order.matched_beta(r["alpha"], order.BETA, mean) if r["method"] == "simpo"
+                                          else order.BETA, rel=1e-6)
+
+
+def test_every_way_of_order_has_every_seed_once():
+    keys = [(r["labels"], r["seed"], r["method"], r["alpha"]) for r in ORDER]
+    ways = [("simpo", 0), *((method, alpha) for alpha in order.ALPHAS for method in ("alphapo", "simpo"))]
+    assert len(keys) == 70 and set(keys) == {
+        (labels, seed, *way) for labels in order.LABELS for seed in order.SEEDS for way in ways}
+    # Paired: what is right at step 0 depends on the seed and the labels alone.
+    shares = {(r["labels"], r["seed"], r["trained_on"]["right"], r["held_out"]["right"]) for r in ORDER}
+    assert len(shares) == 10 and {r["steps"] for r in ORDER} == {20}
+
+
+def test_a_split_holds_out_the_same_pairs_whatever_is_flipped():
+    held_out, trained_on, none = order.split(1752, 0.0, 3)
+    again, same, flipped = order.split(1752, 0.4, 3)
+    assert (held_out, trained_on, none) == (again, same, [])
+    assert sorted(held_out + trained_on) == list(range(1752)) and len(held_out) == order.HELD_OUT
+    assert len(set(flipped)) == 496 and set(flipped) <= set(trained_on)
+    assert order.split(1752, 0.4, 4)[0] != held_out
+
+
+def test_most_wrong_pairs_of_noisy_labels_are_flipped_ones():
+    _, pairs, start = order.tiny_pairs()
+    shares = []
+    for seed in order.SEEDS:
+        _, trained_on, flipped = order.split(len(pairs), 0.4, seed)
+        labelled = start.clone()
+        labelled[flipped] = labelled[flipped].flip(1)
+        wrong = {i for i in trained_on if not labelled[i, 0] > labelled[i, 1]}
+        shares.append(len(wrong & set(flipped)) / len(wrong))
+    page = (order.ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(shares) / 5:.0%}".replace("%", " %") + " of\n  the wrong ones were flipped" in page
+    assert f"the mean log-prob of the start, {start.mean():.2f}:" in page
+
+
+def order_run(seed, method, alpha, right, wrong):
+    found = {"chosen_right": right, "chosen_wrong": wrong, "chosen": (3 * right + wrong) / 4, "right": 0.75,
+             "accuracy_right": 1.0, "accuracy_wrong": 0.5}
+    return {"labels": "clean", "seed": seed, "method": method, "alpha": alpha, "trained_on": found, "held_out": found}
+
+
+def test_differences_are_paired_by_seed():
+    # Seeds differ by 0.1, ways by 0.001, 0.002 and 0.003 in the right group: mean 2, standard error 1 / sqrt(3).
+    rows = [order_run(seed, "simpo", 0, 0.1 * seed, 0.5) for seed in range(3)]
+    rows += [order_run(seed, "alphapo", 1, 0.1 * seed + 0.001 * (seed + 1), 0.49) for seed in range(3)]
+    way, base = ("alphapo", 1), order.SIMPO
+    assert order.difference(rows, "clean", way, base, "held_out", "right") == pytest.approx((2, 1 / math.sqrt(3)))
+    assert order.difference(rows, "clean", way, base, "held_out", "wrong") == pytest.approx((-10, 0), abs=1e-9)
+    assert order.difference(rows, "clean", base, None, "held_out", "accuracy") == pytest.approx((87.5, 0))
+    assert [order.cell(*x) for x in ((2.0, 0.9), (-2.0, 1.1))] == ["**+2.0 +- 0.9**", "-2.0 +- 1.1"]
+
+
+def test_the_figure_of_order_shows_the_differences_with_their_errors():
+    figure = order.draw(ORDER)
+    for i, place in enumerate(order.PLACES):
+        for j, labels in enumerate(order.LABELS):
+            panel = figure.axes[2 * i + j]
+            means = [list(container.lines[0].get_ydata()) for container in panel.containers]
+            for group in order.GROUPS:
+                for base in (order.SIMPO, None):
+                    expected = [order.difference(ORDER, labels, ("alphapo", a), base or ("simpo", a), place, group)[0]
+                                for a in order.ALPHAS]
+                    assert expected in means
+
+
+def test_one_run_of_order_moves_what_it_says(monkeypatch, tmp_path):
+    # Two steps' worth of pairs, most of them held out.
+    monkeypatch.setattr(order, "HELD_OUT", 1752 - 80)
+    monkeypatch.setattr(order, "RATE", 1e-3)
+    r = order.run("40 % flipped", 0, "alphapo", 1, 2.5)
+    assert r["steps"] == 2 and r["clipped"] == 1
+    assert 0.3 < r["trained_on"]["right"] < 0.75 < r["held_out"]["right"]       # labels as given; clean
+    assert r["trained_on"]["rejected"] < r["trained_on"]["chosen"]

@@ -265,10 +265,17 @@ def test_attention_to_long_texts_equals_softmax_by_hand(Tq, Tk, window, attentio
 
 
 def test_a_window_that_the_text_fills_takes_the_attention_without_a_mask(monkeypatch):
-    monkeypatch.setattr(model_py, "_window_attention", None)
+    masked, whole = [], model_py.F.scaled_dot_product_attention
+
+    def watched(q, k, v, mask, **settings):
+        masked.append(mask is not None)
+        return whole(q, k, v, mask, **settings)
+    monkeypatch.setattr(model_py.F, "scaled_dot_product_attention", watched)
     q, k = normal(3, 4, 8), normal(5, 2, 8)
     for window in (5, 6):
         assert torch.equal(causal_attention(q, k, k, window), causal_attention(q, k, k))
+    causal_attention(q, k, k, 4)
+    assert masked == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("attention", [causal_attention, cpu.blocked_attention])

@@ -116,7 +116,8 @@ def test_scoring_goes_on_from_a_cut_at_any_byte(scored):
             # Every byte once, and some of them in the other ways.
             step = 1 if name == "out.jsonl.partial" and len(flags) == 6 else 7
             for cut in range(0, len(whole) + 1, step):
-                (folder / "out.jsonl").unlink(missing_ok=True)
+                for left in ("out.jsonl", "out.jsonl.partial"):
+                    (folder / left).unlink(missing_ok=True)
                 (folder / name).write_bytes(whole[:cut])
                 if name == "out.jsonl" and 0 < cut < first:
                     # A first line that is no line may be anything.

@@ -73,6 +73,34 @@ def test_uncertain_scores_are_lowered_by_their_spread(K, chosen, rejected, score
     assert [statistics.pstdev(s) for s in zip(*TWO["all_scorer_scores"])] == [0, 1, 3]
 
 
+@pytest.mark.parametrize("K, chosen, rejected, scores", [
+    (0.1, "high", "low", (3.1, 1.9)), (0.5, "mid", "high", (3, -0.5)), (2, "mid", "high", (3, -14))])
+def test_scores_can_be_lowered_by_their_variance(K, chosen, rejected, scores):
+    # Variances 0, 1, 9 (Yang et al. 2024: mean less K variances of an ensemble of reward models).
+    pair = make_pair(TWO, uncertainty=K, spread="variance")
+    assert (pair["chosen"], pair["rejected"]) == (chosen, rejected)
+    assert (pair["chosen_score"], pair["rejected_score"]) == pytest.approx(scores)
+
+
+def test_agree_keeps_the_pairs_whose_order_every_scorer_confirms(tmp_path, capsys):
+    # Of the best and the worst by the mean, "high" and "low". A tie confirms nothing; "mid" does not matter.
+    confirmed = [[[3, 1, 7], [3, 1, 2]], [[0, 1, 2], [9, -5, -4], [0, 0, 1]]]
+    refused = [[[3, 1, 7], [3, 3, 1]], [[0, 1, 2], [0, 5, 5]], [[0, 2, 1], [0, 1, 8]]]
+    rows = [ROW | {"prompt": f"{i}", "all_scorer_scores": scores} for i, scores in enumerate(confirmed + refused)]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["--input", f"{tmp_path}/scored.jsonl", "--output", f"{tmp_path}/pairs.jsonl", "--agree"])
+    assert [row["prompt"] for _, row in read_jsonl(tmp_path / "pairs.jsonl")] == ["0", "1"]
+    assert "3 dropped: order that not every scorer confirms" in capsys.readouterr().out
+
+
+def test_agree_needs_the_scores_of_two_scorers():
+    for odd in (None, [[1, 2, 3]], [[1, 2, 3], [1, 2]]):
+        with pytest.raises(ValueError, match="all_scorer_scores.*; expected"):
+            make_pair(ROW | {"all_scorer_scores": odd}, agree=True)
+    with pytest.raises(ValueError, match="two scorers or more, for --agree"):
+        make_pair(ROW, agree=True)
+
+
 def test_the_gap_is_that_of_the_lowered_scores():
     make_pair(TWO, min_gap=1.5, uncertainty=0.5)
     with pytest.raises(Dropped, match="gap under min_gap = 1.6"):

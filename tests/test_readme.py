@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
-from experiments import alpha
+from experiments import alpha, order
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "RUNNING.md", "CONTRIBUTING.md", "benchmarks/README.md",
@@ -24,6 +24,19 @@ COUNTS_HOLD_WITHIN = 0.05   # so that not every small change of the method chang
 
 def test_the_table_of_speed_is_that_of_the_committed_results():
     assert table.table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_a_gpu_is_that_of_the_committed_results():
+    assert table.gpu_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_row_of_a_gpu_is_that_of_the_committed_results():
+    gpu = results("gpu")
+    times = gpu["trl"]["trl-4x8"]["seconds"] / gpu["trl"]["ours"]["seconds"]
+    what = "on one H100 in bf16: optimiser step, Llama-3.2-1B's shape"
+    assert f"| {what} | TRL 1.16, 4 pairs a batch | {times:.2f} times as fast |" in README
+    assert f"{gpu['sampler']['graph, batch 128']:,.0f} tokens/s" in README
+    assert f"{gpu['steps of 8B']['kept']['mfu']:.0%} MFU" in README
 
 
 def results(name):
@@ -61,9 +74,15 @@ def test_the_tables_of_alphas_are_those_of_the_committed_runs(study):
     assert alpha.table(study, STUDIES[study]) in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_tables_of_order_are_those_of_the_committed_runs():
+    rows = [json.loads(line) for line in order.RESULTS.read_text().splitlines()]
+    assert order.table(rows) in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.recipe)
 def test_every_way_had_the_same_search_and_seeds(study):
-    for label in study.ways:
+    assert len(alpha.finished(study, STUDIES[study])) >= 6
+    for label in alpha.finished(study, STUDIES[study]):
         mine = [r for r in STUDIES[study] if r["label"] == label]
         search = {(r["learning_rate"], r["seed"]) for r in mine if r["seed"] in study.search_seeds}
         final = [(r["learning_rate"], r["seed"]) for r in mine if r["seed"] in study.seeds]
@@ -73,7 +92,20 @@ def test_every_way_had_the_same_search_and_seeds(study):
 
 def test_the_table_is_of_means_over_the_final_seeds():
     rows = [r | {"score": 10.0 * r["seed"] if r["seed"] < 5 else 1.0} for r in ROWS]
-    assert alpha.table(alpha.TINY, rows).count(" | 20.0 +- 15.8 | ") == len(alpha.WAYS)      # of 0, 10, ..., 40
+    ways = alpha.finished(alpha.TINY, rows)
+    assert alpha.table(alpha.TINY, rows).count(" | 20.0 +- 15.8 | ") == len(ways)       # of 0, 10, ..., 40
+
+
+def test_differences_to_simpo_are_paired_by_seed():
+    # Scores are 10 * seed for SimPO, and above it by 1, 1, 1, 1 and 6 for others: by 2, with a standard error of 1.
+    rows = []
+    for r in ROWS:
+        above = 0 if r["label"] == alpha.SIMPO else 6 if r["seed"] == 4 else 1
+        rows.append(r | {"score": 10.0 * r["seed"] + above} if r["seed"] < 5 else r)
+    table = alpha.paired_table(alpha.TINY, rows)
+    assert table.count(" | +2.0 +- 1.0 | ") == len(alpha.finished(alpha.TINY, rows)) - 1
+    assert alpha.difference_cell([1.0, 1.0, 1.0, 1.0, 6.1], 1) == "+2.0 +- 1.0"
+    assert alpha.difference_cell([1.0, 1.0, 1.0, 1.0, 5.9], 1) == "**+2.0 +- 1.0**"
 
 
 # --- the reading order ----------------------------------------------------------------------------

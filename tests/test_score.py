@@ -316,6 +316,45 @@ def test_earlier_scores_and_pairs_are_replaced_and_counted(job, capsys):
     assert "1 had been scored or paired before, which is replaced" in capsys.readouterr().out
 
 
+def test_a_labelled_file_says_how_often_each_scorer_is_right(job, capsys):
+    # length scores 1 2 3 4 and half 1 1.5 2 2.5: what is right depends on the labels alone.
+    answers = ["a", "bc", "def", "ghij"]
+    row = {"prompt": "q", "all_generated_responses": answers}
+    rows = [row | {"labels": [1, 2, 3, 4]},         # 6 of 6 pairs, the best
+            row | {"labels": [4, 2, 3, 1]},         # 1 of 6, not
+            row | {"labels": [0, 5, 0, 5]},         # 3 of 4, one of the two that are best
+            row | {"labels": [0, 5, 5, 0]},         # 2 of 4, not
+            row | {"labels": [7, 7, 7, 7]},         # says nothing
+            row,                                    # no labels
+            {"prompt": "q", "chosen": "long", "rejected": "low"},           # 1 of 1, the best
+            {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}],
+             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "na"}]}]   # a tie is wrong
+    scored = job(rows, "length", "half")
+    told = f"{13 / 22:.1%} of 22 pairs of answers in the order of their labels, 50.0% of 6 best"
+    assert capsys.readouterr().out.count(told) == 2         # each scorer
+    assert scored[6]["all_generated_responses"] == ["long", "low"] and scored[6]["labels"] == [1, 0]
+    assert scored[7]["all_scorer_scores"][0] == [2.0, 2.0]
+    # Gone on with, or whole already, it says the same of the whole file.
+    lines = job.output.read_text().splitlines(keepends=True)
+    job.output.write_text("".join(lines[:3]))
+    for _ in range(2):
+        assert job(rows, "length", "half") == scored
+        assert capsys.readouterr().out.count(told) == 2
+
+
+def test_accuracies_are_those_of_rmb():
+    # RMB: a pair is right if the chosen response scores higher; a best-of-n list if its winner beats every loser.
+    found, of = score_py.accuracies([1, 0, 0, 0], [0.5, 0.1, 0.7, 0.5])
+    assert (found["pairs"], found["best"], of["pairs"], of["best"]) == (1, 0, 3, 1)
+    found, of = score_py.accuracies([0, 1, 0], [0.1, 0.5, 0.4])
+    assert (found["pairs"], found["best"], of["pairs"], of["best"]) == (2, 1, 2, 1)
+
+
+def test_a_file_without_labels_tells_no_accuracy(job, capsys):
+    job([ROW], "length")
+    assert "pairs of answers" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cut", [0, 20])
 def test_an_output_that_is_begun_is_gone_on_with(job, cut, capsys):
     rows = [ROW | {"id": i, "prompt": f"q{i}"} for i in range(4)]
@@ -583,6 +622,9 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(files, tmp_path):
     ({"prompt": "q"}, "all_generated_responses; expected a list of strings"),
     ({"all_generated_responses": ["a"]}, "no field prompt"),
     (ROW | {"all_generated_responses": []}, "is empty"),
+    (ROW | {"labels": [1]}, "labels is .*; expected 2 finite numbers"),
+    (ROW | {"labels": "ab"}, "labels is 'ab'; expected 2 finite numbers"),
+    ({"prompt": "q", "chosen": "a", "rejected": 3}, "rejected"),
     (ROW | {"prompt": 3}, "prompt is 3")])
 def test_a_malformed_line_is_named_before_anything_is_scored(row, message, job):
     with pytest.raises(ValueError, match=f"in.jsonl:2: .*{message}"):

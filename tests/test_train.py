@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+import model as model_py
 import train
 from data.preference import PackedPairs, load_pairs, pack
 from checkpoint import claim_output
 from distributed import join_ranks
 from model import load_model
-from small import random_pairs, sequence_logp, small_model
+from small import TIMES, random_pairs, sequence_logp, small_model
 from tokenizer import load_chat
 from train import (CHOSEN_LOGP, CHOSEN_REWARD, LOSS, REJECTED_LOGP, REJECTED_REWARD, TrainConfig, learning_rate, main,
                    make_optimizer, pair_loss, parse_config, reference_logps, resolve_config, run_row, train_step)
@@ -58,18 +59,22 @@ def one_rank():
 def reference_loss(model, start, pair, config):
     """The loss of one pair, from sequences run alone, by formulas written out here. `start` is DPO's frozen model."""
     chosen, rejected = (sequence_logp(model, pair.prompt, y) for y in (pair.chosen, pair.rejected))
-    if config.method == "dpo":
+    if config.method in ("dpo", "dpo_norm"):
         with torch.no_grad():
-            ref_chosen, ref_rejected = (sequence_logp(start, pair.prompt, y).sum()
-                                        for y in (pair.chosen, pair.rejected))
-        margin = config.beta * (chosen.sum() - ref_chosen - rejected.sum() + ref_rejected)
+            ref_chosen, ref_rejected = (sequence_logp(start, pair.prompt, y) for y in (pair.chosen, pair.rejected))
+    if config.method == "dpo":
+        margin = config.beta * ((chosen - ref_chosen).sum() - (rejected - ref_rejected).sum())
+    elif config.method == "dpo_norm":
+        margin = config.beta * ((chosen - ref_chosen).mean() - (rejected - ref_rejected).mean())
     elif config.method == "simpo":
         margin = config.beta * (chosen.mean() - rejected.mean() - config.gamma_beta_ratio)
     else:
         p_chosen, p_rejected = chosen.mean().exp(), rejected.mean().exp()
         margin = (config.beta / config.alpha * (p_rejected**-config.alpha - p_chosen**-config.alpha)
                   - config.beta * config.gamma_beta_ratio)
-    return torch.log1p(torch.exp(-margin)) - config.sft_weight * chosen.mean()
+    losses = [torch.log1p(torch.exp(-m)) for m in (margin, -margin)]        # of the pair, and of the pair swapped
+    e = config.label_smoothing
+    return (1 - e) * losses[0] + e * losses[1] - config.sft_weight * chosen.mean()
 
 
 def set_reference(model, pairs, config):
@@ -80,11 +85,13 @@ def set_reference(model, pairs, config):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("knobs", [
     {"method": "alphapo"}, {"method": "alphapo", "alpha": -0.5, "sft_weight": 0.3}, {"method": "simpo"},
-    {"method": "dpo", "beta": 0.1}], ids=lambda knobs: "-".join(map(str, knobs.values())))
+    {"method": "dpo", "beta": 0.1}, {"method": "dpo_norm", "beta": 0.5}, {"method": "alphapo", "label_smoothing": 0.2},
+    {"method": "simpo", "label_smoothing": 0.1}, {"method": "dpo", "beta": 0.1, "label_smoothing": 0.4}],
+    ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_losses_and_gradients_of_a_step_do_not_depend_on_packing_or_accumulation(knobs, recompute, tmp_path, one_rank):
     config, pairs = config_of(**knobs), random_pairs(LENGTHS)
     model, start = small_model(tmp_path), small_model(tmp_path, seed=1)
-    if config.method == "dpo":
+    if config.method in ("dpo", "dpo_norm"):
         set_reference(start, pairs, dataclasses.replace(config, tokens_per_micro_batch=40))
     losses = torch.stack([reference_loss(model, start, pair, config) for pair in pairs])
     expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
@@ -135,8 +142,10 @@ def test_a_reference_that_is_not_finite_is_refused_by_the_name_of_its_pair(colum
         reference_logps(small_model(tmp_path), random_pairs(LENGTHS), config_of(method="dpo"))
 
 
-def test_no_tensor_holds_the_logits_of_more_than_one_pair(tmp_path):
+@pytest.mark.parametrize("tokens", [0, 16, 17, 30, 40])
+def test_no_tensor_holds_the_logits_of_more_tokens_than_are_kept_or_of_one_pair(tmp_path, monkeypatch, tokens):
     vocab_size = 997      # a width that nothing else in the model has
+    monkeypatch.setattr(model_py, "KEPT_LOGITS", {"cpu": tokens * vocab_size + 5})
     model = small_model(tmp_path, vocab_size=vocab_size)
     (row,) = pack(random_pairs(LENGTHS, vocab_size), 10**4)
     tallest = 0
@@ -153,7 +162,14 @@ def test_no_tensor_holds_the_logits_of_more_than_one_pair(tmp_path):
 
     with Watch():
         run_row(model, row, config_of(), grad_scale=1.0)
-    assert tallest == max(C + R for _, C, R in LENGTHS) == 16
+    # As many pairs in their order as fit.
+    groups = [0]
+    for _, C, R in [pair.lengths for pair in row.pairs]:
+        if groups[-1] + C + R > tokens:
+            groups.append(0)
+        groups[-1] += C + R
+    assert tallest == max(groups) >= max(C + R for _, C, R in LENGTHS) == 16
+    assert tokens < 30 or tallest > 16
 
 
 def test_alpha_zero_is_simpo_bit_for_bit(tmp_path):
@@ -167,8 +183,9 @@ def test_alpha_zero_is_simpo_bit_for_bit(tmp_path):
     assert torch.equal(*results) and all(map(torch.equal, *grads))
 
 
-def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
-    model, config, pairs = small_model(tmp_path), config_of(method="dpo"), random_pairs(LENGTHS)
+@pytest.mark.parametrize("method", ["dpo", "dpo_norm"])
+def test_dpo_starts_at_log_2_with_no_margin(method, tmp_path, one_rank):
+    model, config, pairs = small_model(tmp_path), config_of(method=method), random_pairs(LENGTHS)
     set_reference(model, pairs, config)
     (row,) = pack(pairs, 10**4)
     scores = run_row(model, row, config, grad_scale=1.0)
@@ -177,10 +194,10 @@ def test_dpo_starts_at_log_2_with_no_margin(tmp_path, one_rank):
 
 
 def test_a_method_without_a_loss_is_refused():
-    (pair,) = random_pairs(LENGTHS[:1])
+    pairs = random_pairs(LENGTHS[:1])
     config = dataclasses.replace(config_of(), method="ppo")
     with pytest.raises(ValueError, match="method 'ppo' has no loss here"):
-        pair_loss(config, pair, torch.tensor([-1.0]), torch.tensor([-2.0]))
+        pair_loss(config, pairs, torch.tensor([-1.0]), torch.tensor([-2.0]))
 
 
 def as_rank(rank, world, monkeypatch, all_reduce=None):
@@ -250,6 +267,13 @@ def test_metrics_of_results_are_means_of_their_columns():
         "displacement/chosen": chosen - start[:, 3].mean().item(),
         "displacement/rejected": rejected - start[:, 4].mean().item(),
         "displacement/fell": sum(a[3] < b[3] for a, b in zip(results.tolist(), start.tolist())) / 4}
+    was_right = start[:, 3] > start[:, 4]
+    assert 0 < was_right.sum() < 4
+    moved["displacement/right"] = was_right.double().mean().item()
+    for name, group in (("right", was_right), ("wrong", ~was_right)):
+        moved[f"displacement/chosen_{name}"] = (results - start)[group, 3].mean().item()
+        is_right = results[group, 3] > results[group, 4]
+        moved[f"displacement/accuracy_{name}"] = is_right.double().mean().item()
     assert train.metrics_of(results) == pytest.approx(names, abs=1e-12)
     assert train.metrics_of(results, start) == pytest.approx(names | moved, abs=1e-12)
 
@@ -269,14 +293,20 @@ def test_the_work_of_a_step_is_counted_over_ranks_without_fillers(monkeypatch):
 
 def test_a_step_is_logged_with_its_metrics_and_the_pairs_that_were_not_finite(monkeypatch):
     as_rank(0, 1, monkeypatch)
-    run = SimpleNamespace(progress={"step": 7, "skipped": 2})
+    model = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(progress={"step": 7, "skipped": 2}, config=config_of(max_grad_norm=1.25), model=model,
+                          seconds_between=0.75)
     pairs = random_pairs(LENGTHS[:3])
     results = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    outcome = train.StepOutcome(results, rows_of(4, 10), 1.5, applied=True)
+    outcome = train.StepOutcome(results, rows_of(4, 10), 1.5, applied=True, seconds=1.75)
     line = train.step_metrics(run, outcome, pairs, 1e-6, seconds=2)
     assert line == train.metrics_of(results) | {
-        "step": 7, "grad_norm": 1.5, "learning_rate": 1e-6, "pairs": 3, "tokens": 14, "micro_batches": 2,
-        "imbalance": 1, "tokens_per_second": 7, "skipped": 2}
+        "step": 7, "grad_norm": 1.5, "clipped": 1, "learning_rate": 1e-6, "pairs": 3, "tokens": 14, "micro_batches": 2,
+        "imbalance": 1, "tokens_per_second": 7, "skipped": 2, "seconds": 2, "seconds_rows": 1.75,
+        "seconds_between": 0.75}
+    for norm, applied, clipped in ((1.25, True, 0), (0.3, True, 0), (1.3, True, 1), (math.inf, False, 0)):
+        outcome = dataclasses.replace(outcome, grad_norm=norm, applied=applied)
+        assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["clipped"] == clipped
     # A gradient that is not finite may be of any pair.
     outcome = dataclasses.replace(outcome, grad_norm=math.inf, applied=False)
     assert train.step_metrics(run, outcome, pairs, 1e-6, 2)["not_finite"] == [pair.source for pair in pairs]
@@ -390,11 +420,13 @@ def test_a_bad_recipe_is_an_error_that_names_file_and_key(toml, message, tmp_pat
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--method ppo", "method = 'ppo'; expected one of alphapo, simpo, dpo"),
+    ("--method ppo", "method = 'ppo'; expected one of alphapo, simpo, dpo, dpo_norm"),
     ("--method simpo --alpha 0.1", "alpha = 0.1 is given, but simpo has no such knob"),
     ("--method dpo --gamma_beta_ratio 1", "but dpo has no such knob"), ("--beta 0", "beta = 0.0; expected a positive"),
     ("--alpha nan", "alpha = nan; expected a finite"), ("--pairs_per_step 0", "pairs_per_step = 0"),
-    ("--warmup_ratio 2", "warmup_ratio = 2.0"), ("--eval_data x --eval_pairs 3", "expected one of them"),
+    ("--label_smoothing 0.5", "label_smoothing = 0.5"), ("--label_smoothing nan", "label_smoothing = nan"),
+    ("--label_smoothing -0.1", "label_smoothing = -0.1"), ("--warmup_ratio 2", "warmup_ratio = 2.0"),
+    ("--eval_data x --eval_pairs 3", "expected one of them"),
     ("--save_dtype int8", "save_dtype = 'int8'"), ("--seed -1", "seed = -1"), ("--judge j.py:f", "judge needs"),
     ("--learning_rate inf", "learning_rate = inf"), ("--weight_dtype bfloat16", "weight_dtype = 'bfloat16'"),
     ("--compute_dtype float8", "compute_dtype = 'float8'"), ("--keep_last -1", "keep_last = -1"),
@@ -442,6 +474,8 @@ def test_a_run_logs_every_step_and_evaluates_before_and_after(run):
     displacement = {"displacement/chosen", "displacement/rejected", "displacement/fell"}
     assert {f"eval_{name}" for name in names | displacement} <= set(lines[0])
     assert [lines[0][f"eval_{name}"] for name in sorted(displacement)] == [0, 0, 0]
+    assert lines[0]["eval_displacement/right"] == lines[0]["eval_rewards/accuracies"]       # alpha keeps the order
+    assert lines[1]["clipped"] == (lines[1]["grad_norm"] > 1)
     moved = lines[-1]["eval_logps/chosen"] - lines[0]["eval_logps/chosen"]
     assert lines[-1]["eval_displacement/chosen"] == pytest.approx(moved, abs=1e-9) and moved != 0
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
@@ -478,8 +512,7 @@ def test_the_saved_config_repeats_the_run_exactly(run, tmp_path):
     saved = tomllib.loads((run[0] / "config.toml").read_text())
     assert saved["alpha"] == 0.25 and saved["max_steps"] == 3
     main(parse_config([str(run[0] / "config.toml"), "--output", str(tmp_path / "again")]))
-    timing = {"tokens_per_second"}
-    strip = lambda lines: [{k: v for k, v in line.items() if k not in timing} for line in lines]
+    strip = lambda lines: [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     assert strip(metrics_of_run(tmp_path / "again")) == strip(metrics_of_run(run[0]))
 
 
@@ -534,7 +567,7 @@ def test_large_data_is_tokenised_once(run, tmp_path, monkeypatch, capsys):
     main(tiny_config(tmp_path / "again", cache=str(cache)))
     for name in ("first", "again"):
         for a, b in zip(metrics_of_run(run[0]), metrics_of_run(tmp_path / name), strict=True):
-            assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+            assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
     assert "296 dropped: all scores equal" in capsys.readouterr().out.split("tokens are kept in")[2]
     with pytest.raises(TypeError):      # other limits are other pairs
         main(tiny_config(tmp_path / "other", cache=str(cache), max_length=100))
@@ -596,7 +629,7 @@ def test_the_last_step_is_evaluated_once_and_saved_once(short_config, monkeypatc
     assert saved == [2, 4, 6]
 
 
-@pytest.mark.parametrize("method", ["simpo", "dpo"])
+@pytest.mark.parametrize("method", ["simpo", "dpo", "dpo_norm"])
 def test_the_baselines_run_from_the_same_recipe(method, tmp_path):
     config = parse_config(["--method", method, "--output", str(tmp_path / "out")])
     config = dataclasses.replace(config, judge="", judge_prompts="", max_steps=2, pairs_per_step=8, eval_pairs=16)
