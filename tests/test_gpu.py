@@ -3,9 +3,14 @@ a few lines that follow its documentation; and the bookkeeping of CUDA graphs. R
 
 That the real operator does the same is checked where there is a GPU: python -m benchmarks.gpu_day
 """
+import json
+import os
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -254,3 +259,17 @@ def test_errors_of_a_gpu_are_a_line_with_what_to_do(monkeypatch, capsys, error, 
     assert ended == [1] and message.startswith("error: ") and "Traceback" not in message
     for word in words:
         assert word in message
+
+
+def test_the_program_for_the_day_a_gpu_is_at_hand_runs_to_its_end(tmp_path):
+    parts = ["card", "exact", "sampler", "steps of 3B"]     # run takes a minute, 8B compiles, trl is not installed
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--small", "--rounds", "1", "--only", *parts, "--output",
+               str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=Path(gpu.__file__).parent, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(parts) < set(found) and found["device"] == "cpu"
+    assert found["exact"]["average log-probs, absolute"] < 1e-3
+    assert 0 < found["exact"]["the gradient of the head"] < 0.02
+    assert {"kept", "recomputed"} < set(found["steps of 3B"])
