@@ -207,7 +207,8 @@ def test_answers_are_the_same_with_graphs(flash, graphs, tmp_path, batch_size):
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA H20", 148e12), ("NVIDIA B200", 2250e12), ("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 4090", None)])
+    ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA H20", 148e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA B200", 2250e12), ("NVIDIA GeForce RTX 4090", None)])
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpu.peak_flops(torch.device("cuda")) == peak
