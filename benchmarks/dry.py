@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
@@ -46,6 +45,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distributed
+import gpu
 import plan
 import score
 import train
@@ -137,8 +137,8 @@ def stand_in_for_cuda():
     # sees those.
     ShardingPropagator._propagate_tensor_meta_non_cached = _unseen(
         ShardingPropagator._propagate_tensor_meta_non_cached)
-    # shard_model pins the host's pages if the device is called "cuda".
-    distributed.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=True)
+    # A graph of kernels runs the same kernels.
+    gpu.Captured = lambda function, rows, device: function
     # The mesh is made of real numbers, of the CPU.
     distributed.device_mesh = _without_fakes(distributed.device_mesh)
     # CUDA has a kernel of its own for these, where a device without one runs their formulas. It is
@@ -203,7 +203,7 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor:
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
             device = kwargs.pop("device", None)
             return from_list(func(*args, **kwargs), args[0], device)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and on_gpu(args[0]):
@@ -216,7 +216,8 @@ class Functions(TorchFunctionMode):
         elif func is torch.Tensor.pin_memory:
             return args[0]                              # pages of the host, which have no fakes
         elif func is F.scaled_dot_product_attention and on_gpu(args[0]):
-            return cuda_attention(*args, **kwargs)
+            raise NotImplementedError("attention that is not gpu.py's: its kernel is PyTorch's "
+                                      "choice, and not known here")
         return func(*args, **kwargs)
 
 
@@ -227,45 +228,6 @@ def from_list(t, numbers, device):
         t.constant = None               # else ops on it are computed for real
         t.numbers = numbers
     return t if device is None else t.to(device)
-
-
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                   enable_gqa=False):
-    """The kernel that CUDA takes for F.scaled_dot_product_attention, by the rules of
-    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp for an H100. (B, H, T, D) each."""
-    groups = q.shape[1] // k.shape[1]
-    if groups != 1 and not enable_gqa:
-        raise ValueError(f"{q.shape[1]} heads against {k.shape[1]} without enable_gqa")
-    if is_causal and q.shape[2] != k.shape[2]:
-        raise ValueError("is_causal aligns to the left where queries are fewer than keys")
-    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
-    dense = all(t.stride(-1) == 1 for t in (q, k, v))
-    flash = half and dense and q.shape[3] <= 256 and attn_mask is None
-    efficient = dense and groups == 1 and q.shape[3] % 8 == 0
-    # cuDNN comes first where it may. It takes square causal calls and masks.
-    if half and dense and torch.backends.cuda.cudnn_sdp_enabled():
-        Recorder.active.attention_as = "cudnn"
-    if flash:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-    if efficient:
-        bias = None
-        if attn_mask is not None:
-            # A mask becomes numbers to add, in the dtype of the queries; rows are padded to 8.
-            Tk = k.shape[2]
-            padded = attn_mask.new_empty(
-                (*attn_mask.shape[:-1], Tk + -Tk % 8), dtype=q.dtype).copy_(
-                    F.pad(attn_mask, (0, -Tk % 8)))
-            bias = padded[..., :Tk].expand(*q.shape[:3], Tk)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, bias, q.requires_grad, dropout_p, is_causal)[0]
-    Recorder.active.attention["math"] += 1
-    if groups != 1:
-        k = k.repeat_interleave(groups, 1)
-        v = v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-2, -1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return scores.softmax(-1) @ v
 
 
 # --- what is seen ---------------------------------------------------------------------------------
@@ -286,6 +248,8 @@ EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum",
 GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
 REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
 LAUNCHES = {"select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}     # a fill, a copy
+COPIES = {"_to_copy", "copy_", "clone", "cat", "chunk_cat", "all_gather_copy_in",
+          "split_with_sizes_copy"}
 CHUNK = 65536               # elements a block of a foreach kernel takes; a launch has 320 blocks
 PHASES = ("layers, forward", "head", "layers, backward", "optimiser")
 
@@ -294,7 +258,7 @@ PHASES = ("layers, forward", "head", "layers, backward", "optimiser")
 class Kernel:
     """One launch: its time is that of its work or of its bytes, whichever is longer."""
     name: str
-    kind: str               # matmul, attention, element by element, collective
+    kind: str               # matmul, attention, element by element, copies, optimiser
     flops: float = 0
     bytes: int = 0
     launches: int = 1
@@ -353,8 +317,6 @@ class Recorder(TorchDispatchMode):
     def restart(self):
         """Forgets the counts, not what is alive."""
         self.seen = Seen()
-        self.attention = self.seen.attention
-        self.attention_as = None
         self.peak = self.alive
         self.at_start = self.alive
         self.phase_peaks = Counter()
@@ -455,13 +417,13 @@ class Recorder(TorchDispatchMode):
         elif "attention" in name or "attn" in name:
             kernel.kind = "attention"
             kernel.flops = attention_flops(func, args, kwargs)
-            which = [w for w in ("flash", "efficient", "cudnn", "varlen") if w in name]
-            self.attention[self.attention_as or which[0]] += 1
-            if "backward" not in name:
-                self.attention_as = None
+            self.seen.attention[name] += 1
         elif name in LAUNCHES:
             kernel.launches = LAUNCHES[name]
-        elif name.startswith(("_foreach", "_fused_adam")):
+        elif name in COPIES:
+            kernel.kind = "copies"
+        elif name.startswith(("_foreach", "_fused_adam")):      # clipping and FSDP's casts too
+            kernel.kind = "optimiser"
             elements = sum(t.numel() for t in {id(t): t for t in written}.values())
             kernel.launches = max(1, math.ceil(elements / CHUNK / 320))
             if name == "_fused_adamw_":
@@ -666,13 +628,19 @@ def recording(yes=True):
 
 
 def model_on_gpu(c, config, recorder):
-    """A sharded Transformer as load_sharded makes it, without its numbers."""
-    with torch.device("meta"):
-        model = Transformer(c)
-    distributed.shard_model(model, config, recorder.device)
-    model.to_empty(device="cpu" if config.cpu_offload else recorder.device)
-    model.recompute = config.recompute
-    return model
+    """The Transformer of load_sharded, without its numbers."""
+    def load_model(_, dtype, device, shard):
+        with torch.device("meta"):
+            model = Transformer(c)
+        shard(model)
+        return model.to_empty(device=device)
+
+    whole = distributed.load_model
+    distributed.load_model = load_model
+    try:
+        return distributed.load_sharded(config, recorder.device)
+    finally:
+        distributed.load_model = whole
 
 
 def in_bf16(build, recorder):
@@ -680,9 +648,11 @@ def in_bf16(build, recorder):
     torch.set_default_dtype(torch.bfloat16)
     try:
         with recorder.device:
-            return build()
+            model = build()
     finally:
         torch.set_default_dtype(torch.float32)
+    gpu.speed_up(model, torch.bfloat16)
+    return model
 
 
 def noting_phases(recorder, model):
@@ -836,37 +806,41 @@ def show(recorder, gpus, useful=0, ops=12):
 
 CHECKED = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B", "Qwen2.5-7B", "Qwen3-8B")
 KNOBS = (
-    {}, {"recompute": True}, {"sync_every_micro_batch": True},
-    {"recompute": True, "sync_every_micro_batch": True}, {"cpu_offload": True, "recompute": True})
+    {}, {"recompute": True}, {"cpu_offload": True, "recompute": True},
+    {"sync_every_micro_batch": True}, {"recompute": True, "sync_every_micro_batch": True})
 LONGEST = (96, 1952, 1952)      # of 2,048 tokens with either response; two fill a row
 
 
-def check_plan(model, gpus, knobs, layers=None, lengths=LONGEST, **sizes):
-    """(bytes a GPU by plan.py, bytes at the peak of a dry step, the Recorder)"""
-    node = GPUS_OF_A_NODE
-    config = train.resolve_config(train.TrainConfig(
-        model="-", data=["-"], compute_dtype="bfloat16",
-        **{"pairs_per_step": 4 * gpus if gpus <= node else 2 * gpus} | knobs | sizes))
-    pairs = pairs_of([lengths] * config.pairs_per_step)
-    recorder = dry_step(config_of(model, layers), config, pairs, gpus)
-    args = argparse.Namespace(**{
-        name: getattr(config, name) for name in (*plan.NUMBERS, *plan.SWITCHES)})
-    parts = plan.memory(config_of(model, layers), args, gpus)
-    return max(parts[phase] for phase in plan.PHASES), recorder.peak, recorder
+def checked_config(gpus, knobs):
+    """A step of two full rows a rank on 8 GPUs, of one on more."""
+    pairs = 4 * gpus if gpus <= GPUS_OF_A_NODE else 2 * gpus
+    return train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16", pairs_per_step=pairs, **knobs))
+
+
+def planned_bytes(c, config, gpus):
+    """What plan.py says that a GPU holds at its fullest."""
+    names = (*plan.NUMBERS, *plan.SWITCHES)
+    args = argparse.Namespace(**{name: getattr(config, name) for name in names})
+    return plan.in_all(plan.memory(c, args, gpus))
 
 
 def check_all():
     """A row for each model, number of GPUs and knobs, at full depth. For benchmarks/dry.json."""
     rows = []
     for model in CHECKED:
+        c = config_of(model)
         for gpus in (8, 64):
             for knobs in KNOBS:
-                planned, peak, recorder = check_plan(model, gpus, knobs)
-                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs),
-                             "plan_gb": planned / 1e9} | summary(recorder, gpus))
-                print(f"{model:14}{gpus:>4} GPUs  {planned / 1e9:6.1f} GB by plan.py, "
-                      f"{peak / 1e9:6.1f} in the dry run: {planned / peak:.3f}  "
-                      f"{' '.join(knobs)}", flush=True)
+                if gpus == 64 and "sync_every_micro_batch" in knobs:
+                    continue        # nothing waits between rows where there is one
+                config = checked_config(gpus, knobs)
+                recorder = dry_step(c, config, pairs_of([LONGEST] * config.pairs_per_step), gpus)
+                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs)}
+                            | summary(recorder, gpus))
+                print(f"{model:14}{gpus:>4} GPUs  {planned_bytes(c, config, gpus) / 1e9:6.1f} GB "
+                      f"by plan.py, {recorder.peak / 1e9:6.1f} in the dry run  {' '.join(knobs)}",
+                      flush=True)
     return rows
 
 
@@ -905,7 +879,7 @@ def main():
         c = config_of(args.model, args.layers)
         lengths = [tuple(args.lengths)] * args.pairs
         recorder = dry_step(c, config, pairs_of(lengths, (-1.0, -1.0)), args.gpus)
-        useful = useful_flops(c, lengths) / args.gpus
+        useful = gpu.useful_flops(c, lengths) / args.gpus
         show(recorder, args.gpus, useful)
         results = summary(recorder, args.gpus)
     print(f"{time.perf_counter() - began:.0f} s")
