@@ -49,7 +49,7 @@ import gpu
 import plan
 import score
 import train
-from gpu import useful_flops
+from benchmarks.lengths import pair_lengths
 from benchmarks.workers import machine
 from command import run_command
 from data.files import check_output, write_whole
@@ -57,10 +57,12 @@ from data.preference import PreferencePair
 from model import Transformer, read_config
 from sampler import generate
 
-# Rates of an H100 (SXM) as they are reached by large kernels, not those of its data sheet.
-MATMUL_RATE = 650e12        # FLOP/s in bf16
-ATTENTION_RATE = 120e12     # FLOP/s of the causal half, forward and backward, at 1,000 tokens
-MEMORY_RATE = 2.8e12        # bytes/s read and written
+# Rates of an H100 (SXM), set to what its kernels reached in a step of benchmarks/gpu.json ("kept").
+# Alone, a product of 8,192 reached 782e12 there and a copy 3.0e12.
+MATMUL_RATE = 750e12        # FLOP/s in bf16
+ATTENTION_RATE = 130e12     # FLOP/s of the causal half, forward and backward, at 1,000 tokens
+MEMORY_RATE = 2.8e12        # bytes/s read and written by copies and AdamW
+ELEMENT_RATE = 2.35e12      # ... by what is done element by element, of mixed dtypes too
 NODE_RATE = 300e9           # bytes/s of a GPU to the others of its node
 NETWORK_RATE = 50e9         # bytes/s of a GPU to other nodes
 SHORTEST_KERNEL = 2e-6      # seconds
@@ -247,7 +249,10 @@ EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum",
         "logsumexp", "cos", "sin", "exp", "exp_", "log"}
 GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
 REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
-LAUNCHES = {"select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}     # a fill, a copy
+# Ops of more than one kernel: key heads are summed; weights are on their own; two sort.
+LAUNCHES = {"_flash_attention_backward": 5, "_fused_rms_norm_backward": 2,
+            "embedding_dense_backward": 10, "index_put": 10,
+            "select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}    # a fill, a copy
 COPIES = {"_to_copy", "copy_", "clone", "cat", "chunk_cat", "all_gather_copy_in",
           "split_with_sizes_copy"}
 CHUNK = 65536               # elements a block of a foreach kernel takes; a launch has 320 blocks
@@ -266,7 +271,8 @@ class Kernel:
     @property
     def seconds(self):
         rate = {"matmul": MATMUL_RATE, "attention": ATTENTION_RATE}.get(self.kind, math.inf)
-        return max(self.flops / rate, self.bytes / MEMORY_RATE, self.launches * SHORTEST_KERNEL)
+        memory = ELEMENT_RATE if self.kind == "element by element" else MEMORY_RATE
+        return max(self.flops / rate, self.bytes / memory, self.launches * SHORTEST_KERNEL)
 
 
 @dataclass
@@ -308,7 +314,6 @@ class Recorder(TorchDispatchMode):
         self.yes = yes
         self.phase = PHASES[-1]
         self.sizes = {}             # bytes of each storage alive, by its address
-        self.names = {}             # what made it
         self.refs = {}
         self.alive = 0
         self._paused = 0
@@ -320,7 +325,6 @@ class Recorder(TorchDispatchMode):
         self.peak = self.alive
         self.at_start = self.alive
         self.phase_peaks = Counter()
-        self.at_peak = {}           # of each phase, what was alive at its peak: {what: bytes}
 
     def __enter__(self):
         Recorder.active = self
@@ -373,7 +377,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim" or not any(map(on_gpu, tensors)):
             return out
         for t in written:
-            self.made(t, name)
+            self.made(t)
         if name in HOST_OPS or func.is_view:
             return out
         for t in tensors:
@@ -418,8 +422,6 @@ class Recorder(TorchDispatchMode):
             kernel.kind = "attention"
             kernel.flops = attention_flops(func, args, kwargs)
             self.seen.attention[name] += 1
-        elif name in LAUNCHES:
-            kernel.launches = LAUNCHES[name]
         elif name in COPIES:
             kernel.kind = "copies"
         elif name.startswith(("_foreach", "_fused_adam")):      # clipping and FSDP's casts too
@@ -428,6 +430,7 @@ class Recorder(TorchDispatchMode):
             kernel.launches = max(1, math.ceil(elements / CHUNK / 320))
             if name == "_fused_adamw_":
                 self.seen.optimiser.update(_short(t.dtype) for t in tensors if on_gpu(t))
+        kernel.launches = LAUNCHES.get(name, kernel.launches)
         if name in EXACT:
             self.seen.exact.update((name, _short(t.dtype)) for t in written)
         self.seen.kernels[kernel.kind] += kernel.launches
@@ -438,20 +441,19 @@ class Recorder(TorchDispatchMode):
         self.seen.seconds[kernel.kind] += kernel.seconds
 
     # Bytes alive: a storage counts from the op that makes it until Python or autograd lets it go.
-    def made(self, t, name):
+    def made(self, t):
         if not on_gpu(t):
             return
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = 0
-            self.names[key] = f"{name} {tuple(t.shape)} {_short(t.dtype)}"
             self.refs[key] = weakref.ref(storage, lambda _: self.freed(key))
             self.resized(storage)
 
     def freed(self, key):
         self.alive -= self.sizes.pop(key)
-        del self.names[key], self.refs[key]
+        del self.refs[key]
 
     def resized(self, storage):
         key = storage._cdata
@@ -461,14 +463,7 @@ class Recorder(TorchDispatchMode):
         self.alive += size - self.sizes[key]
         self.sizes[key] = size
         self.peak = max(self.peak, self.alive)
-        before = self.phase_peaks[self.phase]
-        self.phase_peaks[self.phase] = max(before, self.alive)
-        # What is alive is listed at every new peak that is 0.1 % above the last one listed.
-        listed = self.at_peak.get(self.phase)
-        if listed is None or self.alive > 1.001 * listed.total():
-            self.at_peak[self.phase] = Counter()
-            for k, name in self.names.items():
-                self.at_peak[self.phase][name] += self.sizes[k]
+        self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], self.alive)
 
 
 def _operands(func, args, kwargs, out):
@@ -518,34 +513,22 @@ def _short(dtype):
 
 
 def attention_flops(func, args, kwargs):
-    """FLOPs of an attention op, masked places left out. (B, H, T, D) or (T, H, D)"""
+    """FLOPs of flash attention in sequences that lie end to end, masked places left out."""
     values = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
-    backward = any("grad" in name for name in values)
-    q = values["query"]
-    k = values["key"]
-    causal = values.get("is_causal", False)
+    q = values["query"]                                                         # (T, H, D)
+    starts = values["cum_seq_q"]
+    n = len(starts) - 1
     window = values.get("window_size_left")
-    if values.get("window_size"):
-        window, right = values["window_size"]
-        causal = causal or right == 0
-    if window is not None and window < 0:
-        window = None
-    starts = next((values[n] for n in ("cum_seq_q", "cu_seq_q") if values.get(n) is not None), None)
-    if starts is None:
-        B, H, Tq, D = q.shape
-        lengths = [(Tq, k.shape[2])] * B
-    else:
-        # Where each sequence starts was a list once; if it is not known any more, all are alike.
-        H, D = q.shape[1:]
-        of_keys = next(values[n] for n in ("cum_seq_k", "cu_seq_k") if n in values)
-        n = len(starts) - 1
-        lengths = list(zip(_sizes(starts, len(q), n), _sizes(of_keys, len(k), n)))
-    seen = sum(_seen_keys(Tq, Tk, causal, window) for Tq, Tk in lengths)
-    return (10 if backward else 4) * H * D * seen
+    # Without the query itself; -1 is no limit.
+    window = None if window in (None, -1) else window + 1
+    # Where each sequence starts was a list once; if it is not known any more, all are alike.
+    lengths = zip(_sizes(starts, len(q), n), _sizes(values["cum_seq_k"], len(values["key"]), n))
+    seen = sum(_seen_keys(Tq, Tk, values["is_causal"], window) for Tq, Tk in lengths)
+    return (10 if "backward" in func._schema.name else 4) * q.shape[1] * q.shape[2] * seen
 
 
 def _sizes(starts, total, n):
-    if starts is not None and hasattr(starts, "numbers"):
+    if hasattr(starts, "numbers"):
         return np.diff(starts.numbers).tolist()
     return [total / n] * n
 
@@ -734,7 +717,7 @@ def dry_sample(c, batch, prompt=1000, new_tokens=4, **settings):
     return recorder
 
 
-# --- what is printed ------------------------------------------------------------------------------
+# --- what is told ---------------------------------------------------------------------------------
 
 def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
     """{part: seconds} of what was Seen on one of `gpus`. In all: what the GPU takes, or what the
@@ -757,9 +740,10 @@ def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
     return parts
 
 
-def summary(recorder, gpus):
-    """The dry run as numbers for JSON."""
+def summary(recorder, gpus=1, useful=0):
+    """The dry run as numbers for JSON. useful: FLOP on one of `gpus`."""
     seen = recorder.seen
+    seconds = predicted_seconds(seen, gpus)
     gathered = sum(c.bytes for c in seen.collectives if c.name in GATHERS)
     reduced = sum(c.bytes for c in seen.collectives if c.name in REDUCTIONS)
     return {
@@ -771,35 +755,72 @@ def summary(recorder, gpus):
         "copies": {", ".join(key): n for key, n in seen.copies.items()},
         "gb_gathered": gathered / 1e9,
         "gb_reduced": reduced / 1e9,
-        "seconds": predicted_seconds(seen, gpus),
+        "seconds": seconds,
+        "mfu": useful / seconds["in all"] / PEAK,
         "peak_gb": recorder.peak / 1e9,
         "phases_gb": {phase: size / 1e9 for phase, size in recorder.phase_peaks.items()},
     }
 
 
-def show(recorder, gpus, useful=0, ops=12):
-    """Prints a dry run."""
-    seen = recorder.seen
-    parts = predicted_seconds(seen, gpus)
+def show(told, seen, ops=12):
+    """Prints what summary tells, and the ops that move most."""
     print(f"{'kernels':32}{'number':>8}{'TFLOP':>10}{'GB':>10}{'seconds':>10}")
-    for kind, n in seen.kernels.most_common():
-        print(f"{kind:32}{n:>8}{seen.flops[kind] / 1e12:>10.1f}{seen.bytes[kind] / 1e9:>10.1f}"
-              f"{parts[kind]:>10.4f}")
+    for kind, n in told["kernels"].items():
+        print(f"{kind:32}{n:>8}{told['tflop'].get(kind, 0):>10.1f}"
+              f"{told['gb_read_and_written'][kind]:>10.1f}{told['seconds'][kind]:>10.4f}")
     for name, size in seen.op_bytes.most_common(ops):
         print(f"    {name:28}{seen.ops[name]:>8}{'':10}{size / 1e9:>10.1f}")
-    sizes = Counter()
-    numbers = Counter()
-    for c in seen.collectives:
-        sizes[c.name, c.dtype] += c.bytes
-        numbers[c.name, c.dtype] += 1
-    for key, size in sizes.items():
-        print(f"{' '.join(key):32}{numbers[key]:>8}{'':10}{size / 1e9:>10.1f}")
-    print(f"attention by {dict(seen.attention)}; waits {dict(seen.waits)}; copies "
-          f"{ {', '.join(key): n for key, n in seen.copies.items()} }")
-    print(f"predicted {parts['in all']:.4f} s, of it {parts['collectives, exposed']:.4f} s of "
-          f"collectives that nothing hides; MFU {useful / parts['in all'] / PEAK:.1%}")
-    phases = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in recorder.phase_peaks.items())
-    print(f"peak {recorder.peak / 1e9:.2f} GB a GPU: {phases}")
+    phases = ", ".join(f"{phase} {size:.1f}" for phase, size in told["phases_gb"].items())
+    print(f"attention by {told['attention']}; waits {told['waits']}; copies {told['copies']}; "
+          f"GB gathered {told['gb_gathered']:.1f}, reduced {told['gb_reduced']:.1f}")
+    print(f"predicted {told['seconds']['in all']:.4f} s, of it "
+          f"{told['seconds']['collectives, exposed']:.4f} s of collectives that nothing hides; "
+          f"MFU {told['mfu']:.1%}; peak {told['peak_gb']:.2f} GB a GPU: {phases}")
+
+
+def dry_training(model, gpus, layers=None, tokens=8192, pairs=128, lengths=(200, 412, 412),
+                 **knobs):
+    """(summary, Seen) of a training step on pairs of these lengths."""
+    config = train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16", tokens_per_micro_batch=tokens,
+        pairs_per_step=pairs, **knobs))
+    c = config_of(model, layers)
+    recorder = dry_step(c, config, pairs_of([lengths] * pairs, (-1.0, -1.0)), gpus)
+    useful = gpu.useful_flops(c, [lengths] * pairs) / gpus
+    return summary(recorder, gpus, useful), recorder.seen
+
+
+def example_steps():
+    """Llama-3-8B kept, recomputed and decoding. For benchmarks/dry-after.json; dry-before.json is
+    of the code before gpu.py."""
+    sampled = dry_sample(config_of("Llama-3-8B"), 128)
+    return {"kept": dry_training("Llama-3-8B", 8)[0],
+            "recomputed": dry_training("Llama-3-8B", 8, recompute=True)[0],
+            "decoding": summary(sampled)}
+
+
+def measured_steps():
+    """The steps that gpu_day.py measured on an H100, dry: of the kernels' that was profiled, and
+    the higher peak of that and the heaviest. For benchmarks/dry-h100.json."""
+    c = config_of("Llama-3-8B", 8)
+    found = {}
+    for setting, knobs in MEASURED.items():
+        config = train.resolve_config(train.TrainConfig(
+            model="-", data=["-"], compute_dtype="bfloat16", pairs_per_step=32, **knobs))
+        peaks = []
+        for seed in MEASURED_SEEDS:
+            lengths = pair_lengths(32, seed=seed)
+            recorder = dry_step(c, config, pairs_of(lengths), 1)
+            peaks.append(recorder.peak / 1e9)
+        found[setting] = summary(recorder, 1, gpu.useful_flops(c, lengths)) | {
+            "peak_gb": max(peaks), "tokens": sum(map(sum, lengths))}
+    return found
+
+
+MEASURED = {
+    "kept": {}, "recomputed": {"recompute": True},
+    "recomputed, rows of twice the tokens": {"recompute": True, "tokens_per_micro_batch": 16384}}
+MEASURED_SEEDS = (104, 105)     # the last is the one that was profiled
 
 
 # --- plan.py, checked -----------------------------------------------------------------------------
@@ -857,7 +878,9 @@ def main():
     for name in plan.SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--decode", type=int, metavar="BATCH", help="sampling instead of training")
-    parser.add_argument("--check", action="store_true", help="plan.py on five models; an hour")
+    parser.add_argument("--check", action="store_true", help="plan.py on five models; half an hour")
+    parser.add_argument("--examples", action="store_true", help="see example_steps")
+    parser.add_argument("--measured", action="store_true", help="see measured_steps")
     parser.add_argument("--output", help="JSON file")
     args = parser.parse_args()
     if args.output:
@@ -865,23 +888,18 @@ def main():
     began = time.perf_counter()
     if args.check:
         results = {"rows": check_all()}
+    elif args.examples or args.measured:
+        results = example_steps() if args.examples else measured_steps()
     elif args.decode:
         recorder = dry_sample(config_of(args.model, args.layers), args.decode)
-        show(recorder, 1)
-        seconds = predicted_seconds(recorder.seen, 1)["in all"]
-        print(f"{args.decode / seconds:.0f} tokens/s predicted")
-        results = summary(recorder, 1)
+        results = summary(recorder)
+        show(results, recorder.seen)
+        print(f"{args.decode / results['seconds']['in all']:.0f} tokens/s predicted")
     else:
-        knobs = {name: getattr(args, name) for name in plan.SWITCHES}
-        config = train.resolve_config(train.TrainConfig(
-            model="-", data=["-"], compute_dtype="bfloat16", method=args.method,
-            tokens_per_micro_batch=args.tokens, pairs_per_step=args.pairs, **knobs))
-        c = config_of(args.model, args.layers)
-        lengths = [tuple(args.lengths)] * args.pairs
-        recorder = dry_step(c, config, pairs_of(lengths, (-1.0, -1.0)), args.gpus)
-        useful = gpu.useful_flops(c, lengths) / args.gpus
-        show(recorder, args.gpus, useful)
-        results = summary(recorder, args.gpus)
+        knobs = {name: getattr(args, name) for name in (*plan.SWITCHES, "method")}
+        results, seen = dry_training(args.model, args.gpus, args.layers, args.tokens, args.pairs,
+                                     tuple(args.lengths), **knobs)
+        show(results, seen)
     print(f"{time.perf_counter() - began:.0f} s")
     if args.output:
         results = machine() | {"arguments": vars(args)} | results
