@@ -244,9 +244,10 @@ MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm", 
 WRITES_ONLY = {"copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "full_like"}
 PICKS = {"index", "gather", "embedding", "index_select"}            # read what they return
 SCATTERS = {"index_put_", "scatter_add_", "index_add_", "scatter_"}     # touch a part of self
-# Sums over many numbers, and functions whose rounding shows: fp32 at least.
-EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum", "_softmax",
-        "logsumexp", "cos", "sin", "exp", "exp_", "log"}
+# Sums over many numbers (addmm: the head's gradients), and functions whose rounding shows: fp32 at
+# least.
+EXACT = {"addmm", "sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum",
+         "_softmax", "logsumexp", "cos", "sin", "exp", "exp_", "log"}
 GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
 REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
 # Ops of more than one kernel: key heads are summed; weights are on their own; two sort.
@@ -293,6 +294,7 @@ class Seen:
     op_bytes: Counter = field(default_factory=Counter)      # name -> the same
     seconds: Counter = field(default_factory=Counter)       # kind -> seconds, predicted
     products: Counter = field(default_factory=Counter)      # dtypes of matmuls' operands
+    odd: Counter = field(default_factory=Counter)           # matmuls to rows of no multiple of 8
     exact: Counter = field(default_factory=Counter)         # (op of EXACT, dtype that it returns)
     optimiser: Counter = field(default_factory=Counter)     # dtypes of what AdamW reads and writes
     wide: Counter = field(default_factory=Counter)          # ops with float64 -> most elements
@@ -418,6 +420,7 @@ class Recorder(TorchDispatchMode):
             a, b = [t for t in read if t.dim() >= 2][-2:]
             kernel.flops = 2 * math.prod(a.shape) * b.shape[-1]
             self.seen.products.update(_short(t.dtype) for t in (a, b))
+            self.seen.odd[name] += b.shape[-1] % 8 > 0
         elif "attention" in name or "attn" in name:
             kernel.kind = "attention"
             kernel.flops = attention_flops(func, args, kwargs)

@@ -21,14 +21,17 @@ ROWS = 2
 TOKENS = 4096
 
 # Kernels element by element and copies: what there are now, so that more of them are noticed.
-ROW = 30
-BLOCK = 80                  # a block of a row, forward and backward: norms, rope, residuals, SwiGLU
-RECOMPUTED = 32             # its forward pass once more
-NORMS = 6                   # those of queries and keys, or the sums of biases' gradients
-CHUNK = 36                  # of the vocabulary, a group of pairs, forward and backward
-LOSS = 84                   # of a group of pairs, with its averages, forward and backward
+ROW = 69                    # a row: rope's tables, the last norm, the embedding's gradient, which sorts
+BLOCK = 70                  # a block of a row, forward and backward: norms, rope, residuals, SwiGLU
+RECOMPUTED = 17             # its forward pass once more
+NORMS = 8                   # those of queries and keys, or the sums of biases' gradients
+CHUNK = 34                  # of the vocabulary, a group of pairs, forward and backward
+TWICE = 2                   # one that is made twice, because there is no room to keep it
+LOSS = 65                   # of a group of pairs, with its averages, forward and backward
 PEAK = 15.5                 # GB that step() holds at its peak
-GIGABYTES = 148             # that step() reads and writes beside products and attention, FSDP's copies included
+TOKEN = 91                  # of decoding
+REWARD = 76                 # all kernels of a reward
+GIGABYTES = 147.2           # that step() reads and writes beside products and attention, FSDP's copies included
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
@@ -87,11 +90,11 @@ def sizes(c):
 # --- checks of any step -----------------------------------------------------------------------------------------------
 
 def right_dtypes(r, sums=False):
-    """sums: autograd has some of bf16 tensors, which CUDA adds up in fp32 and then rounds."""
+    """sums: biases and their gradients are in bf16, which CUDA adds up in fp32 and then rounds."""
     seen = r.seen
     assert set(seen.products) == {"bfloat16"}, f"matmuls in {dict(seen.products)}"
     low = {name for name, dtype in seen.exact if dtype not in ("float32", "float64")}
-    assert low <= ({"sum"} if sums else set()), f"in less than fp32: {low}"
+    assert low <= ({"addmm", "sum"} if sums else set()), f"in less than fp32: {low}"
     # Averages and losses are in float64: a number a token at most.
     assert max(seen.wide.values(), default=0) <= sum(r.lengths), f"float64 of size: {dict(seen.wide)}"
     if not r.config.cpu_offload:
@@ -153,10 +156,11 @@ def right_kernels(r):
     passes = 4 if r.config.recompute else 3
     matmuls = rows * (7 * passes * L + n_groups * (3 * chunks + twice))
     assert r.seen.kernels["matmul"] == matmuls, f"{r.seen.kernels['matmul']} matmuls, expected {matmuls}"
+    assert not any(r.seen.odd.values()), f"rows of odd lengths: {dict(r.seen.odd)}"
     # Element by element, and copies. AdamW, clipping and FSDP take all weights at once.
     found = r.seen.kernels["element by element"] + r.seen.kernels["copies"]
     a_block = BLOCK + (RECOMPUTED if r.config.recompute else 0) + (NORMS if r.c.qk_norm or r.c.qkv_bias else 0)
-    most = rows * (L * a_block + n_groups * (CHUNK * chunks + 6 * twice + LOSS) + ROW)
+    most = rows * (L * a_block + n_groups * (CHUNK * chunks + TWICE * twice + LOSS) + ROW)
     if r.config.cpu_offload or r.gpus == 1:
         most += 7 * (9 * L + 3)                     # FSDP takes weight after weight then
     assert found <= most, f"{found} element by element, at most {most} expected: {dict(r.seen.ops)}"
@@ -319,7 +323,7 @@ def a_reward_model_waits_for_nothing_and_has_its_head_in_fp32():
     # The last is which tokens end answers, an index that is a list.
     assert not r.seen.waits and r.seen.copies == {
         ("to the device", "not blocking"): 5, ("to the device", "blocking"): 1}, r.seen
-    assert sum(r.seen.kernels.values()) <= 60 * LAYERS, r.seen.kernels
+    assert sum(r.seen.kernels.values()) <= REWARD, r.seen.kernels
 
 
 def decoding_waits_twice_a_token_and_takes_flash_attention():
@@ -336,7 +340,7 @@ def decoding_is_in_bf16_with_small_float64_and_few_kernels():
     assert max(r.seen.wide.values(), default=0) <= 16 * 256, dict(r.seen.wide)      # not of the vocabulary
     assert r.seen.kernels["matmul"] == 7 * LAYERS + 1
     kernels = r.seen.kernels["element by element"] + r.seen.kernels["copies"]
-    assert kernels <= 24 * LAYERS + 50, dict(r.seen.ops)
+    assert kernels <= TOKEN, dict(r.seen.ops)
     # A token reads the weights once, and the keys and values that are there.
     c = r.c
     _, block, _ = sizes(c)
