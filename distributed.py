@@ -217,7 +217,7 @@ def shard_model(model, config, device):
         reduce_dtype=getattr(torch, config.weight_dtype))
     offload = OffloadPolicy()
     if config.cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     mesh = device_mesh(config.shard_within_node, device)
     # Each block is gathered and freed as a whole; what is left is the root's.
     for module in [*model.model.layers, model]:

@@ -11,11 +11,10 @@ loaded, so the model's folder may hold config.json alone. A line for each number
     waiting         whole fp32 gradients, less their shards: they wait between the rows of a step,
                     if a rank has several
     activations     of a full row, kept for the backward pass
-    start           what is held in all while the root (embedding, norm, head) is gathered
-    head            ... while the head works on the longest pair of the last row
+    head            what is held in all while the head works on the last row
     backward        ... while the backward pass is in the last block
     step            ... while AdamW works
-    in all          the largest of these four
+    in all          the largest of these three
 
 Then a sentence says what each knob that is not set would save.
 
@@ -43,15 +42,15 @@ SAVERS = ("recompute", "sync_every_micro_batch", "cpu_offload")
 
 BF16, FP32 = 2, 4       # bytes
 GPUS_OF_A_NODE = 8
-PHASES = ("start", "head", "backward", "step")
+PHASES = ("head", "backward", "step")
 MOST = 10**12           # of any number that is given: what is more is a slip
 
 
 def kept_in_block(c):
     """Numbers that a block keeps for the backward pass per token of a row."""
-    # The inputs of two norms and what follows them; queries, keys and values (those of prompt and
-    # rejected twice) and what comes of them (twice); gate and up.
-    heads = 3 * c.n_heads * c.head_dim + 4 * c.n_kv_heads * c.head_dim
+    # The inputs of two norms and what follows them; queries and what comes of them; keys and
+    # values, with a half for prompts, whose keys are there twice; gate and up.
+    heads = 2 * c.n_heads * c.head_dim + 3 * c.n_kv_heads * c.head_dim
     if c.qk_norm:
         heads += (c.n_heads + c.n_kv_heads) * c.head_dim    # queries and keys before their norms
     return 4 * c.dim + heads + 2 * c.hidden_dim
@@ -68,20 +67,6 @@ def kept_at_head(c, recompute):
     if recompute:
         return c.n_layers * c.dim       # the inputs of all blocks
     return c.n_layers * kept_in_block(c)
-
-
-def kept_for_windows(c, args):
-    """Bytes of masks and repeated keys that a sliding window takes in a row of the longest pairs,
-    where these are longer than the window."""
-    length = args.max_length
-    if c.window is None or c.window >= length:
-        return 0
-    # Two sequences a pair, each with a mask of its own in every layer.
-    pairs = max(1, args.tokens_per_micro_batch // (2 * length))
-    masks = BF16 * 2 * pairs * length**2
-    repeated = BF16 * 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * 2 * pairs * length
-    layers = 1 if args.recompute else c.n_layers
-    return layers * (masks + repeated)
 
 
 def count_weights(c):
@@ -111,20 +96,19 @@ def memory(c, args, gpus):
         gradients = shard if args.sync_every_micro_batch else FP32 * n
     rest = 3 * shard + gradients
 
-    # 3. What comes and goes. Weights are gathered into one buffer, and copied from it into place.
-    windows = kept_for_windows(c, args)
-    activations = BF16 * tokens * kept_per_token(c, args.recompute) + windows
-    before = BF16 * tokens * kept_at_head(c, args.recompute)
-    if not args.recompute:
-        before += windows
-    logits = 2 * args.max_length * c.vocab_size                 # of a pair, at most
-    kept_logits = min(KEPT_LOGITS["gpu"], logits)
-    chunk = min(CHUNK_LOGITS["gpu"], logits)
-    start = BF16 * (2 * root + 2 * block)
-    at_head = BF16 * (root + head) + FP32 * kept_logits + (FP32 + BF16) * chunk
-    # In a block's backward pass: its weights and those of the next, its gradients, four tensors of
-    # the MLP's width. The fp32 gradients of the block before it are on their way to other ranks;
-    # what that one had kept is free again.
+    # 3. What comes and goes. Before the backward pass there are the last norm's input, the states
+    #    that predict, and their gradients.
+    activations = BF16 * tokens * kept_per_token(c, args.recompute)
+    before = BF16 * tokens * (kept_at_head(c, args.recompute) + 3 * c.dim)
+    # The head's gradient is in bf16, in which FSDP takes it, and beside that summed in fp32.
+    of_head = BF16 * root + (BF16 + FP32) * head
+    room = max(KEPT_LOGITS["gpu"] // c.vocab_size, 2 * args.max_length)     # of a group of pairs
+    logits = min(min(tokens, room) * c.vocab_size, KEPT_LOGITS["gpu"] + CHUNK_LOGITS["gpu"])
+    # Then its sum is rounded to another one in bf16.
+    of_head += max(FP32 * logits, BF16 * head)
+    # In a block's backward pass: its weights, in FSDP's buffer and those of the next one; its
+    # gradients; four tensors of the MLP's width. The fp32 gradients of the block before it are on
+    # their way to other ranks; what that one had kept is free again.
     in_block = BF16 * (root + head + 2 * block) + BF16 * block
     freed = BF16 * tokens * (c.dim if args.recompute else kept_in_block(c))
     in_block += max(0, FP32 * block - freed)
@@ -133,8 +117,7 @@ def memory(c, args, gpus):
         "state": 4 * shard,
         "waiting": max(0, gradients - shard),
         "activations": activations,
-        "start": rest + start,
-        "head": rest + at_head + before,
+        "head": rest + of_head + before,
         "backward": rest + in_block + in_mlp + activations,
         "step": 4 * shard,
     }

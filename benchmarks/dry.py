@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
@@ -46,10 +45,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import distributed
+import gpu
 import plan
 import score
 import train
-from gpu import useful_flops
+from benchmarks.lengths import pair_lengths
 from benchmarks.workers import machine
 from command import run_command
 from data.files import check_output, write_whole
@@ -57,10 +57,12 @@ from data.preference import PreferencePair
 from model import Transformer, read_config
 from sampler import generate
 
-# Rates of an H100 (SXM) as they are reached by large kernels, not those of its data sheet.
-MATMUL_RATE = 650e12        # FLOP/s in bf16
-ATTENTION_RATE = 120e12     # FLOP/s of the causal half, forward and backward, at 1,000 tokens
-MEMORY_RATE = 2.8e12        # bytes/s read and written
+# Rates of an H100 (SXM), set to what its kernels reached in a step of benchmarks/gpu.json ("kept").
+# Alone, a product of 8,192 reached 782e12 there and a copy 3.0e12.
+MATMUL_RATE = 750e12        # FLOP/s in bf16
+ATTENTION_RATE = 130e12     # FLOP/s of the causal half, forward and backward, at 1,000 tokens
+MEMORY_RATE = 2.8e12        # bytes/s read and written by copies and AdamW
+ELEMENT_RATE = 2.35e12      # ... by what is done element by element, of mixed dtypes too
 NODE_RATE = 300e9           # bytes/s of a GPU to the others of its node
 NETWORK_RATE = 50e9         # bytes/s of a GPU to other nodes
 SHORTEST_KERNEL = 2e-6      # seconds
@@ -137,8 +139,8 @@ def stand_in_for_cuda():
     # sees those.
     ShardingPropagator._propagate_tensor_meta_non_cached = _unseen(
         ShardingPropagator._propagate_tensor_meta_non_cached)
-    # shard_model pins the host's pages if the device is called "cuda".
-    distributed.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=True)
+    # A graph of kernels runs the same kernels.
+    gpu.Captured = lambda function, rows, device: function
     # The mesh is made of real numbers, of the CPU.
     distributed.device_mesh = _without_fakes(distributed.device_mesh)
     # CUDA has a kernel of its own for these, where a device without one runs their formulas. It is
@@ -203,7 +205,7 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor:
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
             device = kwargs.pop("device", None)
             return from_list(func(*args, **kwargs), args[0], device)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and on_gpu(args[0]):
@@ -216,7 +218,8 @@ class Functions(TorchFunctionMode):
         elif func is torch.Tensor.pin_memory:
             return args[0]                              # pages of the host, which have no fakes
         elif func is F.scaled_dot_product_attention and on_gpu(args[0]):
-            return cuda_attention(*args, **kwargs)
+            raise NotImplementedError("attention that is not gpu.py's: its kernel is PyTorch's "
+                                      "choice, and not known here")
         return func(*args, **kwargs)
 
 
@@ -227,45 +230,6 @@ def from_list(t, numbers, device):
         t.constant = None               # else ops on it are computed for real
         t.numbers = numbers
     return t if device is None else t.to(device)
-
-
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                   enable_gqa=False):
-    """The kernel that CUDA takes for F.scaled_dot_product_attention, by the rules of
-    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp for an H100. (B, H, T, D) each."""
-    groups = q.shape[1] // k.shape[1]
-    if groups != 1 and not enable_gqa:
-        raise ValueError(f"{q.shape[1]} heads against {k.shape[1]} without enable_gqa")
-    if is_causal and q.shape[2] != k.shape[2]:
-        raise ValueError("is_causal aligns to the left where queries are fewer than keys")
-    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
-    dense = all(t.stride(-1) == 1 for t in (q, k, v))
-    flash = half and dense and q.shape[3] <= 256 and attn_mask is None
-    efficient = dense and groups == 1 and q.shape[3] % 8 == 0
-    # cuDNN comes first where it may. It takes square causal calls and masks.
-    if half and dense and torch.backends.cuda.cudnn_sdp_enabled():
-        Recorder.active.attention_as = "cudnn"
-    if flash:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-    if efficient:
-        bias = None
-        if attn_mask is not None:
-            # A mask becomes numbers to add, in the dtype of the queries; rows are padded to 8.
-            Tk = k.shape[2]
-            padded = attn_mask.new_empty(
-                (*attn_mask.shape[:-1], Tk + -Tk % 8), dtype=q.dtype).copy_(
-                    F.pad(attn_mask, (0, -Tk % 8)))
-            bias = padded[..., :Tk].expand(*q.shape[:3], Tk)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, bias, q.requires_grad, dropout_p, is_causal)[0]
-    Recorder.active.attention["math"] += 1
-    if groups != 1:
-        k = k.repeat_interleave(groups, 1)
-        v = v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-2, -1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return scores.softmax(-1) @ v
 
 
 # --- what is seen ---------------------------------------------------------------------------------
@@ -280,12 +244,18 @@ MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm", 
 WRITES_ONLY = {"copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "full_like"}
 PICKS = {"index", "gather", "embedding", "index_select"}            # read what they return
 SCATTERS = {"index_put_", "scatter_add_", "index_add_", "scatter_"}     # touch a part of self
-# Sums over many numbers, and functions whose rounding shows: fp32 at least.
-EXACT = {"sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum", "_softmax",
-        "logsumexp", "cos", "sin", "exp", "exp_", "log"}
+# Sums over many numbers (addmm: the head's gradients), and functions whose rounding shows: fp32 at
+# least.
+EXACT = {"addmm", "sum", "mean", "amax", "linalg_vector_norm", "_foreach_norm", "cumsum",
+         "_softmax", "logsumexp", "cos", "sin", "exp", "exp_", "log"}
 GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
 REDUCTIONS = {"_reduce_scatter_base_", "reduce_scatter_", "allreduce_"}
-LAUNCHES = {"select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}     # a fill, a copy
+# Ops of more than one kernel: key heads are summed; weights are on their own; two sort.
+LAUNCHES = {"_flash_attention_backward": 5, "_fused_rms_norm_backward": 2,
+            "embedding_dense_backward": 10, "index_put": 10,
+            "select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2}    # a fill, a copy
+COPIES = {"_to_copy", "copy_", "clone", "cat", "chunk_cat", "all_gather_copy_in",
+          "split_with_sizes_copy"}
 CHUNK = 65536               # elements a block of a foreach kernel takes; a launch has 320 blocks
 PHASES = ("layers, forward", "head", "layers, backward", "optimiser")
 
@@ -294,7 +264,7 @@ PHASES = ("layers, forward", "head", "layers, backward", "optimiser")
 class Kernel:
     """One launch: its time is that of its work or of its bytes, whichever is longer."""
     name: str
-    kind: str               # matmul, attention, element by element, collective
+    kind: str               # matmul, attention, element by element, copies, optimiser
     flops: float = 0
     bytes: int = 0
     launches: int = 1
@@ -302,7 +272,8 @@ class Kernel:
     @property
     def seconds(self):
         rate = {"matmul": MATMUL_RATE, "attention": ATTENTION_RATE}.get(self.kind, math.inf)
-        return max(self.flops / rate, self.bytes / MEMORY_RATE, self.launches * SHORTEST_KERNEL)
+        memory = ELEMENT_RATE if self.kind == "element by element" else MEMORY_RATE
+        return max(self.flops / rate, self.bytes / memory, self.launches * SHORTEST_KERNEL)
 
 
 @dataclass
@@ -323,6 +294,7 @@ class Seen:
     op_bytes: Counter = field(default_factory=Counter)      # name -> the same
     seconds: Counter = field(default_factory=Counter)       # kind -> seconds, predicted
     products: Counter = field(default_factory=Counter)      # dtypes of matmuls' operands
+    odd: Counter = field(default_factory=Counter)           # matmuls to rows of no multiple of 8
     exact: Counter = field(default_factory=Counter)         # (op of EXACT, dtype that it returns)
     optimiser: Counter = field(default_factory=Counter)     # dtypes of what AdamW reads and writes
     wide: Counter = field(default_factory=Counter)          # ops with float64 -> most elements
@@ -344,7 +316,6 @@ class Recorder(TorchDispatchMode):
         self.yes = yes
         self.phase = PHASES[-1]
         self.sizes = {}             # bytes of each storage alive, by its address
-        self.names = {}             # what made it
         self.refs = {}
         self.alive = 0
         self._paused = 0
@@ -353,12 +324,9 @@ class Recorder(TorchDispatchMode):
     def restart(self):
         """Forgets the counts, not what is alive."""
         self.seen = Seen()
-        self.attention = self.seen.attention
-        self.attention_as = None
         self.peak = self.alive
         self.at_start = self.alive
         self.phase_peaks = Counter()
-        self.at_peak = {}           # of each phase, what was alive at its peak: {what: bytes}
 
     def __enter__(self):
         Recorder.active = self
@@ -411,7 +379,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim" or not any(map(on_gpu, tensors)):
             return out
         for t in written:
-            self.made(t, name)
+            self.made(t)
         if name in HOST_OPS or func.is_view:
             return out
         for t in tensors:
@@ -452,20 +420,20 @@ class Recorder(TorchDispatchMode):
             a, b = [t for t in read if t.dim() >= 2][-2:]
             kernel.flops = 2 * math.prod(a.shape) * b.shape[-1]
             self.seen.products.update(_short(t.dtype) for t in (a, b))
+            self.seen.odd[name] += b.shape[-1] % 8 > 0
         elif "attention" in name or "attn" in name:
             kernel.kind = "attention"
             kernel.flops = attention_flops(func, args, kwargs)
-            which = [w for w in ("flash", "efficient", "cudnn", "varlen") if w in name]
-            self.attention[self.attention_as or which[0]] += 1
-            if "backward" not in name:
-                self.attention_as = None
-        elif name in LAUNCHES:
-            kernel.launches = LAUNCHES[name]
-        elif name.startswith(("_foreach", "_fused_adam")):
+            self.seen.attention[name] += 1
+        elif name in COPIES:
+            kernel.kind = "copies"
+        elif name.startswith(("_foreach", "_fused_adam")):      # clipping and FSDP's casts too
+            kernel.kind = "optimiser"
             elements = sum(t.numel() for t in {id(t): t for t in written}.values())
             kernel.launches = max(1, math.ceil(elements / CHUNK / 320))
             if name == "_fused_adamw_":
                 self.seen.optimiser.update(_short(t.dtype) for t in tensors if on_gpu(t))
+        kernel.launches = LAUNCHES.get(name, kernel.launches)
         if name in EXACT:
             self.seen.exact.update((name, _short(t.dtype)) for t in written)
         self.seen.kernels[kernel.kind] += kernel.launches
@@ -476,20 +444,19 @@ class Recorder(TorchDispatchMode):
         self.seen.seconds[kernel.kind] += kernel.seconds
 
     # Bytes alive: a storage counts from the op that makes it until Python or autograd lets it go.
-    def made(self, t, name):
+    def made(self, t):
         if not on_gpu(t):
             return
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = 0
-            self.names[key] = f"{name} {tuple(t.shape)} {_short(t.dtype)}"
             self.refs[key] = weakref.ref(storage, lambda _: self.freed(key))
             self.resized(storage)
 
     def freed(self, key):
         self.alive -= self.sizes.pop(key)
-        del self.names[key], self.refs[key]
+        del self.refs[key]
 
     def resized(self, storage):
         key = storage._cdata
@@ -499,14 +466,7 @@ class Recorder(TorchDispatchMode):
         self.alive += size - self.sizes[key]
         self.sizes[key] = size
         self.peak = max(self.peak, self.alive)
-        before = self.phase_peaks[self.phase]
-        self.phase_peaks[self.phase] = max(before, self.alive)
-        # What is alive is listed at every new peak that is 0.1 % above the last one listed.
-        listed = self.at_peak.get(self.phase)
-        if listed is None or self.alive > 1.001 * listed.total():
-            self.at_peak[self.phase] = Counter()
-            for k, name in self.names.items():
-                self.at_peak[self.phase][name] += self.sizes[k]
+        self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], self.alive)
 
 
 def _operands(func, args, kwargs, out):
@@ -556,34 +516,22 @@ def _short(dtype):
 
 
 def attention_flops(func, args, kwargs):
-    """FLOPs of an attention op, masked places left out. (B, H, T, D) or (T, H, D)"""
+    """FLOPs of flash attention in sequences that lie end to end, masked places left out."""
     values = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
-    backward = any("grad" in name for name in values)
-    q = values["query"]
-    k = values["key"]
-    causal = values.get("is_causal", False)
+    q = values["query"]                                                         # (T, H, D)
+    starts = values["cum_seq_q"]
+    n = len(starts) - 1
     window = values.get("window_size_left")
-    if values.get("window_size"):
-        window, right = values["window_size"]
-        causal = causal or right == 0
-    if window is not None and window < 0:
-        window = None
-    starts = next((values[n] for n in ("cum_seq_q", "cu_seq_q") if values.get(n) is not None), None)
-    if starts is None:
-        B, H, Tq, D = q.shape
-        lengths = [(Tq, k.shape[2])] * B
-    else:
-        # Where each sequence starts was a list once; if it is not known any more, all are alike.
-        H, D = q.shape[1:]
-        of_keys = next(values[n] for n in ("cum_seq_k", "cu_seq_k") if n in values)
-        n = len(starts) - 1
-        lengths = list(zip(_sizes(starts, len(q), n), _sizes(of_keys, len(k), n)))
-    seen = sum(_seen_keys(Tq, Tk, causal, window) for Tq, Tk in lengths)
-    return (10 if backward else 4) * H * D * seen
+    # Without the query itself; -1 is no limit.
+    window = None if window in (None, -1) else window + 1
+    # Where each sequence starts was a list once; if it is not known any more, all are alike.
+    lengths = zip(_sizes(starts, len(q), n), _sizes(values["cum_seq_k"], len(values["key"]), n))
+    seen = sum(_seen_keys(Tq, Tk, values["is_causal"], window) for Tq, Tk in lengths)
+    return (10 if "backward" in func._schema.name else 4) * q.shape[1] * q.shape[2] * seen
 
 
 def _sizes(starts, total, n):
-    if starts is not None and hasattr(starts, "numbers"):
+    if hasattr(starts, "numbers"):
         return np.diff(starts.numbers).tolist()
     return [total / n] * n
 
@@ -666,13 +614,19 @@ def recording(yes=True):
 
 
 def model_on_gpu(c, config, recorder):
-    """A sharded Transformer as load_sharded makes it, without its numbers."""
-    with torch.device("meta"):
-        model = Transformer(c)
-    distributed.shard_model(model, config, recorder.device)
-    model.to_empty(device="cpu" if config.cpu_offload else recorder.device)
-    model.recompute = config.recompute
-    return model
+    """The Transformer of load_sharded, without its numbers."""
+    def load_model(_, dtype, device, shard):
+        with torch.device("meta"):
+            model = Transformer(c)
+        shard(model)
+        return model.to_empty(device=device)
+
+    whole = distributed.load_model
+    distributed.load_model = load_model
+    try:
+        return distributed.load_sharded(config, recorder.device)
+    finally:
+        distributed.load_model = whole
 
 
 def in_bf16(build, recorder):
@@ -680,9 +634,11 @@ def in_bf16(build, recorder):
     torch.set_default_dtype(torch.bfloat16)
     try:
         with recorder.device:
-            return build()
+            model = build()
     finally:
         torch.set_default_dtype(torch.float32)
+    gpu.speed_up(model, torch.bfloat16)
+    return model
 
 
 def noting_phases(recorder, model):
@@ -764,7 +720,7 @@ def dry_sample(c, batch, prompt=1000, new_tokens=4, **settings):
     return recorder
 
 
-# --- what is printed ------------------------------------------------------------------------------
+# --- what is told ---------------------------------------------------------------------------------
 
 def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
     """{part: seconds} of what was Seen on one of `gpus`. In all: what the GPU takes, or what the
@@ -787,9 +743,10 @@ def predicted_seconds(seen, gpus, node=GPUS_OF_A_NODE):
     return parts
 
 
-def summary(recorder, gpus):
-    """The dry run as numbers for JSON."""
+def summary(recorder, gpus=1, useful=0):
+    """The dry run as numbers for JSON. useful: FLOP on one of `gpus`."""
     seen = recorder.seen
+    seconds = predicted_seconds(seen, gpus)
     gathered = sum(c.bytes for c in seen.collectives if c.name in GATHERS)
     reduced = sum(c.bytes for c in seen.collectives if c.name in REDUCTIONS)
     return {
@@ -801,72 +758,113 @@ def summary(recorder, gpus):
         "copies": {", ".join(key): n for key, n in seen.copies.items()},
         "gb_gathered": gathered / 1e9,
         "gb_reduced": reduced / 1e9,
-        "seconds": predicted_seconds(seen, gpus),
+        "seconds": seconds,
+        "mfu": useful / seconds["in all"] / PEAK,
         "peak_gb": recorder.peak / 1e9,
         "phases_gb": {phase: size / 1e9 for phase, size in recorder.phase_peaks.items()},
     }
 
 
-def show(recorder, gpus, useful=0, ops=12):
-    """Prints a dry run."""
-    seen = recorder.seen
-    parts = predicted_seconds(seen, gpus)
+def show(told, seen, ops=12):
+    """Prints what summary tells, and the ops that move most."""
     print(f"{'kernels':32}{'number':>8}{'TFLOP':>10}{'GB':>10}{'seconds':>10}")
-    for kind, n in seen.kernels.most_common():
-        print(f"{kind:32}{n:>8}{seen.flops[kind] / 1e12:>10.1f}{seen.bytes[kind] / 1e9:>10.1f}"
-              f"{parts[kind]:>10.4f}")
+    for kind, n in told["kernels"].items():
+        print(f"{kind:32}{n:>8}{told['tflop'].get(kind, 0):>10.1f}"
+              f"{told['gb_read_and_written'][kind]:>10.1f}{told['seconds'][kind]:>10.4f}")
     for name, size in seen.op_bytes.most_common(ops):
         print(f"    {name:28}{seen.ops[name]:>8}{'':10}{size / 1e9:>10.1f}")
-    sizes = Counter()
-    numbers = Counter()
-    for c in seen.collectives:
-        sizes[c.name, c.dtype] += c.bytes
-        numbers[c.name, c.dtype] += 1
-    for key, size in sizes.items():
-        print(f"{' '.join(key):32}{numbers[key]:>8}{'':10}{size / 1e9:>10.1f}")
-    print(f"attention by {dict(seen.attention)}; waits {dict(seen.waits)}; copies "
-          f"{ {', '.join(key): n for key, n in seen.copies.items()} }")
-    print(f"predicted {parts['in all']:.4f} s, of it {parts['collectives, exposed']:.4f} s of "
-          f"collectives that nothing hides; MFU {useful / parts['in all'] / PEAK:.1%}")
-    phases = ", ".join(f"{phase} {size / 1e9:.1f}" for phase, size in recorder.phase_peaks.items())
-    print(f"peak {recorder.peak / 1e9:.2f} GB a GPU: {phases}")
+    phases = ", ".join(f"{phase} {size:.1f}" for phase, size in told["phases_gb"].items())
+    print(f"attention by {told['attention']}; waits {told['waits']}; copies {told['copies']}; "
+          f"GB gathered {told['gb_gathered']:.1f}, reduced {told['gb_reduced']:.1f}")
+    print(f"predicted {told['seconds']['in all']:.4f} s, of it "
+          f"{told['seconds']['collectives, exposed']:.4f} s of collectives that nothing hides; "
+          f"MFU {told['mfu']:.1%}; peak {told['peak_gb']:.2f} GB a GPU: {phases}")
+
+
+def dry_training(model, gpus, layers=None, tokens=8192, pairs=128, lengths=(200, 412, 412),
+                 **knobs):
+    """(summary, Seen) of a training step on pairs of these lengths."""
+    config = train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16", tokens_per_micro_batch=tokens,
+        pairs_per_step=pairs, **knobs))
+    c = config_of(model, layers)
+    recorder = dry_step(c, config, pairs_of([lengths] * pairs, (-1.0, -1.0)), gpus)
+    useful = gpu.useful_flops(c, [lengths] * pairs) / gpus
+    return summary(recorder, gpus, useful), recorder.seen
+
+
+def example_steps():
+    """Llama-3-8B kept, recomputed and decoding. For benchmarks/dry-after.json; dry-before.json is
+    of the code before gpu.py."""
+    sampled = dry_sample(config_of("Llama-3-8B"), 128)
+    return {"kept": dry_training("Llama-3-8B", 8)[0],
+            "recomputed": dry_training("Llama-3-8B", 8, recompute=True)[0],
+            "decoding": summary(sampled)}
+
+
+def measured_steps():
+    """The steps that gpu_day.py measured on an H100, dry: of the kernels' that was profiled, and
+    the higher peak of that and the heaviest. For benchmarks/dry-h100.json."""
+    c = config_of("Llama-3-8B", 8)
+    found = {}
+    for setting, knobs in MEASURED.items():
+        config = train.resolve_config(train.TrainConfig(
+            model="-", data=["-"], compute_dtype="bfloat16", pairs_per_step=32, **knobs))
+        peaks = []
+        for seed in MEASURED_SEEDS:
+            lengths = pair_lengths(32, seed=seed)
+            recorder = dry_step(c, config, pairs_of(lengths), 1)
+            peaks.append(recorder.peak / 1e9)
+        found[setting] = summary(recorder, 1, gpu.useful_flops(c, lengths)) | {
+            "peak_gb": max(peaks), "tokens": sum(map(sum, lengths))}
+    return found
+
+
+MEASURED = {
+    "kept": {}, "recomputed": {"recompute": True},
+    "recomputed, rows of twice the tokens": {"recompute": True, "tokens_per_micro_batch": 16384}}
+MEASURED_SEEDS = (104, 105)     # the last is the one that was profiled
 
 
 # --- plan.py, checked -----------------------------------------------------------------------------
 
 CHECKED = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B", "Qwen2.5-7B", "Qwen3-8B")
 KNOBS = (
-    {}, {"recompute": True}, {"sync_every_micro_batch": True},
-    {"recompute": True, "sync_every_micro_batch": True}, {"cpu_offload": True, "recompute": True})
+    {}, {"recompute": True}, {"cpu_offload": True, "recompute": True},
+    {"sync_every_micro_batch": True}, {"recompute": True, "sync_every_micro_batch": True})
 LONGEST = (96, 1952, 1952)      # of 2,048 tokens with either response; two fill a row
 
 
-def check_plan(model, gpus, knobs, layers=None, lengths=LONGEST, **sizes):
-    """(bytes a GPU by plan.py, bytes at the peak of a dry step, the Recorder)"""
-    node = GPUS_OF_A_NODE
-    config = train.resolve_config(train.TrainConfig(
-        model="-", data=["-"], compute_dtype="bfloat16",
-        **{"pairs_per_step": 4 * gpus if gpus <= node else 2 * gpus} | knobs | sizes))
-    pairs = pairs_of([lengths] * config.pairs_per_step)
-    recorder = dry_step(config_of(model, layers), config, pairs, gpus)
-    args = argparse.Namespace(**{
-        name: getattr(config, name) for name in (*plan.NUMBERS, *plan.SWITCHES)})
-    parts = plan.memory(config_of(model, layers), args, gpus)
-    return max(parts[phase] for phase in plan.PHASES), recorder.peak, recorder
+def checked_config(gpus, knobs):
+    """A step of two full rows a rank on 8 GPUs, of one on more."""
+    pairs = 4 * gpus if gpus <= GPUS_OF_A_NODE else 2 * gpus
+    return train.resolve_config(train.TrainConfig(
+        model="-", data=["-"], compute_dtype="bfloat16", pairs_per_step=pairs, **knobs))
+
+
+def planned_bytes(c, config, gpus):
+    """What plan.py says that a GPU holds at its fullest."""
+    names = (*plan.NUMBERS, *plan.SWITCHES)
+    args = argparse.Namespace(**{name: getattr(config, name) for name in names})
+    return plan.in_all(plan.memory(c, args, gpus))
 
 
 def check_all():
     """A row for each model, number of GPUs and knobs, at full depth. For benchmarks/dry.json."""
     rows = []
     for model in CHECKED:
+        c = config_of(model)
         for gpus in (8, 64):
             for knobs in KNOBS:
-                planned, peak, recorder = check_plan(model, gpus, knobs)
-                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs),
-                             "plan_gb": planned / 1e9} | summary(recorder, gpus))
-                print(f"{model:14}{gpus:>4} GPUs  {planned / 1e9:6.1f} GB by plan.py, "
-                      f"{peak / 1e9:6.1f} in the dry run: {planned / peak:.3f}  "
-                      f"{' '.join(knobs)}", flush=True)
+                if gpus == 64 and "sync_every_micro_batch" in knobs:
+                    continue        # nothing waits between rows where there is one
+                config = checked_config(gpus, knobs)
+                recorder = dry_step(c, config, pairs_of([LONGEST] * config.pairs_per_step), gpus)
+                rows.append({"model": model, "gpus": gpus, "knobs": list(knobs)}
+                            | summary(recorder, gpus))
+                print(f"{model:14}{gpus:>4} GPUs  {planned_bytes(c, config, gpus) / 1e9:6.1f} GB "
+                      f"by plan.py, {recorder.peak / 1e9:6.1f} in the dry run  {' '.join(knobs)}",
+                      flush=True)
     return rows
 
 
@@ -883,7 +881,9 @@ def main():
     for name in plan.SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--decode", type=int, metavar="BATCH", help="sampling instead of training")
-    parser.add_argument("--check", action="store_true", help="plan.py on five models; an hour")
+    parser.add_argument("--check", action="store_true", help="plan.py on five models; half an hour")
+    parser.add_argument("--examples", action="store_true", help="see example_steps")
+    parser.add_argument("--measured", action="store_true", help="see measured_steps")
     parser.add_argument("--output", help="JSON file")
     args = parser.parse_args()
     if args.output:
@@ -891,23 +891,18 @@ def main():
     began = time.perf_counter()
     if args.check:
         results = {"rows": check_all()}
+    elif args.examples or args.measured:
+        results = example_steps() if args.examples else measured_steps()
     elif args.decode:
         recorder = dry_sample(config_of(args.model, args.layers), args.decode)
-        show(recorder, 1)
-        seconds = predicted_seconds(recorder.seen, 1)["in all"]
-        print(f"{args.decode / seconds:.0f} tokens/s predicted")
-        results = summary(recorder, 1)
+        results = summary(recorder)
+        show(results, recorder.seen)
+        print(f"{args.decode / results['seconds']['in all']:.0f} tokens/s predicted")
     else:
-        knobs = {name: getattr(args, name) for name in plan.SWITCHES}
-        config = train.resolve_config(train.TrainConfig(
-            model="-", data=["-"], compute_dtype="bfloat16", method=args.method,
-            tokens_per_micro_batch=args.tokens, pairs_per_step=args.pairs, **knobs))
-        c = config_of(args.model, args.layers)
-        lengths = [tuple(args.lengths)] * args.pairs
-        recorder = dry_step(c, config, pairs_of(lengths, (-1.0, -1.0)), args.gpus)
-        useful = useful_flops(c, lengths) / args.gpus
-        show(recorder, args.gpus, useful)
-        results = summary(recorder, args.gpus)
+        knobs = {name: getattr(args, name) for name in (*plan.SWITCHES, "method")}
+        results, seen = dry_training(args.model, args.gpus, args.layers, args.tokens, args.pairs,
+                                     tuple(args.lengths), **knobs)
+        show(results, seen)
     print(f"{time.perf_counter() - began:.0f} s")
     if args.output:
         results = machine() | {"arguments": vars(args)} | results
