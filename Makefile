@@ -17,7 +17,7 @@ test: check                     ## the linter, then every test, in two processes
 mutants: .venv/installed-tests  ## change the method's code in a thousand ways: do the tests notice?
 	.venv/bin/python tests/mutants.py $(ARGS)
 
-gpu-mutants: .venv/installed-tests      ## change the GPU path in 60 ways: does the dry run notice? 15 minutes on 2 cores
+gpu-mutants: .venv/installed-tests      ## change the GPU path in 80 ways: does the dry run notice? 15 minutes on 2 cores
 	.venv/bin/python tests/gpu_mutants.py $(ARGS)
 
 faults: .venv/installed-tests   ## 180 faults on one and two ranks: is anything lost? ARGS="SIGTERM judge" picks by words; 15 minutes on 2 cores

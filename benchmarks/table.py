@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+from benchmarks import dry
 from benchmarks.scaling import model_config, random_pairs
 from benchmarks.step import trl_batch
 from data.files import read_json, write_whole
@@ -16,6 +17,9 @@ from plan import kept_per_token
 HERE = Path(__file__).resolve().parent
 BEGIN_MARK = "<!-- benchmarks/table.py -->\n"
 GPU_MARK = "<!-- benchmarks/table.py, of gpu.json -->\n"
+PREDICTED_MARK = "<!-- benchmarks/table.py, of dry-h100.json and gpu.json -->\n"
+CHANGES_MARK = "<!-- benchmarks/table.py, of dry-before.json and dry-after.json -->\n"
+PLAN_MARK = "<!-- benchmarks/table.py, of dry.json and plan.py -->\n"
 END_MARK = "<!-- end -->"
 COLUMNS = (
     "what", "against", "times as fast", "useful share of PyTorch's matmul rate, ours / theirs",
@@ -182,17 +186,107 @@ def gpu_table():
     return "".join(lines)
 
 
+def predicted_table():
+    """The steps that an H100 took beside the dry run's, as Markdown."""
+    predicted, measured = read("dry-h100"), read("gpu")["steps of 8B"]
+    lines = [line(["dry run / H100: ratio", *dry.MEASURED]), "|---" * 4 + "|\n"]
+    kinds = ("matmul", "attention", "element by element", "copies", "optimiser")
+    columns = []
+    for setting in dry.MEASURED:
+        p, m = predicted[setting], measured[setting]
+        cells = {"kernels": (sum(p["kernels"].values()) + sum(p["copies"].values()), m["kernels"])}
+        for kind in kinds:
+            cells[f"{kind}, ms"] = 1e3 * p["seconds"][kind], m["milliseconds"][kind]
+        cells["the step, ms"] = 1e3 * p["seconds"]["in all"], 1e3 * m["profiled_seconds"]
+        cells["MFU, %"] = (
+            100 * p["mfu"], 100 * m["profiled_flops"] / m["profiled_seconds"] / dry.PEAK)
+        cells["waits"] = sum(p["waits"].values()), m["waits"]
+        cells["peak memory, GB"] = p["peak_gb"], m["peak_bytes"] / 1e9
+        config = dry.config_for(pairs_per_step=32, **dry.MEASURED[setting])
+        planned = dry.planned_bytes(dry.config_of("Llama-3-8B", 8), config, 1)
+        cells["by plan.py, GB"] = planned / 1e9, m["peak_bytes"] / 1e9
+        columns.append(cells)
+    for what in columns[0]:
+        digits = 1 if what.endswith(("GB", "%")) else 0
+        row = []
+        for cells in columns:
+            ours, theirs = cells[what]
+            row.append(f"{ours:,.{digits}f} / {theirs:,.{digits}f}: {ours / theirs:.2f}")
+        lines.append(line([what, *row]))
+    return "".join(lines)
+
+
+def changes_table():
+    """Dry runs of Llama-3-8B before gpu.py and now, as Markdown."""
+    before, after = read("dry-before"), read("dry-after")
+    titles = {"kept": "kept", "recomputed": "recomputed", "decoding": "a token of 128 answers"}
+    lines = [line(["before -> after", *titles.values()]), "|---" * 4 + "|\n"]
+
+    def row(what, cell, some=titles):
+        cells = [f"{cell(before[way])} -> {cell(after[way])}" if way in some else ""
+                 for way in titles]
+        lines.append(line([what, *cells]))
+
+    def moved(r):
+        sizes = r["gb_read_and_written"]
+        return f"{sizes['element by element'] + sizes['copies']:,.1f}"
+
+    row("kernels", lambda r: f"{sum(r['kernels'].values()):,}")
+    row("of them attention", lambda r: f"{r['kernels']['attention']:,}")
+    row("GB read and written element by element and in copies", moved)
+    row("waits for the device", lambda r: str(sum(r["waits"].values())))
+    row("copies that the host waits for",
+        lambda r: str(r["copies"].get("to the device, blocking", 0)))
+    row("peak memory, GB a GPU", lambda r: f"{r['peak_gb']:.1f}")
+    row("predicted", lambda r: f"{1e3 * r['seconds']['in all']:,.1f} ms")
+    row("MFU", lambda r: f"{r['mfu']:.1%}", ("kept", "recomputed"))
+    tokens = 128 / after["decoding"]["seconds"]["in all"]
+    reached = read("gpu")["sampler"]["graph, batch 128"]
+    lines.append(f"\nDecoding, {tokens:,.0f} tokens/s are predicted; with a CUDA graph the H100 "
+                 f"reached {reached:,.0f}, {reached / tokens:.2f} of it.\n")
+    return "".join(lines)
+
+
+def plan_table():
+    """plan.py beside the peaks of dry steps, as Markdown."""
+    cells = {}
+    for model, gpus, knobs, peak, planned in planned_peaks():
+        row = cells.setdefault((model, gpus), {})
+        row[knobs] = f"{peak / 1e9:.1f}: {planned / peak:.2f}"
+    columns = list(dict.fromkeys(knobs for row in cells.values() for knobs in row))
+    lines = [
+        line(["GB at the peak of a dry step: plan.py's share", "GPUs", *columns]),
+        "|---" * (2 + len(columns)) + "|\n"]
+    for (model, gpus), row in cells.items():
+        lines.append(line([model, str(gpus), *(row.get(knobs, "") for knobs in columns)]))
+    return "".join(lines)
+
+
+def planned_peaks():
+    """(model, GPUs, knobs, bytes at the peak of the dry run, bytes by plan.py), row by row."""
+    for r in read("dry")["rows"]:
+        config = dry.checked_config(r["gpus"], dict.fromkeys(r["knobs"], True))
+        planned = dry.planned_bytes(dry.config_of(r["model"]), config, r["gpus"])
+        knobs = ", ".join(f"`--{name}`" for name in r["knobs"]) or "no knobs"
+        yield r["model"], r["gpus"], knobs, 1e9 * r["peak_gb"], planned
+
+
+TABLES = {
+    BEGIN_MARK: table, GPU_MARK: gpu_table, PREDICTED_MARK: predicted_table,
+    CHANGES_MARK: changes_table, PLAN_MARK: plan_table}
+
+
 def main(argv):
     if argv != ["--write"]:
-        print(table())
-        print(gpu_table())
+        for make in TABLES.values():
+            print(make())
         return
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for mark, rows in ((BEGIN_MARK, table()), (GPU_MARK, gpu_table())):
+    for mark, make in TABLES.items():
         before, rest = text.split(mark)
         _, after = rest.split(END_MARK, 1)
-        text = before + mark + rows + END_MARK + after
+        text = before + mark + make() + END_MARK + after
     write_whole(readme, text)
 
 

@@ -38,13 +38,12 @@ GIGABYTES = 147.2           # that step() reads and writes beside products and a
 
 @functools.cache
 def step(model="Llama-3-8B", gpus=8, lengths=PAIR, layers=LAYERS, node=8, method="alphapo", **knobs):
-    """A dry step, its second one, of two rows a rank."""
-    import train
+    """A dry step of two rows a rank."""
     from benchmarks import dry
     pairs = gpus * ROWS * PAIRS_A_ROW
-    config = train.resolve_config(train.TrainConfig(
-        model="-", data=["-"], compute_dtype="bfloat16", method=method, pairs_per_step=pairs,
-        tokens_per_micro_batch=max(TOKENS, PAIRS_A_ROW * sum(lengths)), max_length=lengths[0] + lengths[1], **knobs))
+    config = dry.config_for(
+        method=method, pairs_per_step=pairs, tokens_per_micro_batch=max(TOKENS, PAIRS_A_ROW * sum(lengths)),
+        max_length=lengths[0] + lengths[1], **knobs)
     c = dry.config_of(model, layers)
     recorder = dry.dry_step(c, config, dry.pairs_of([lengths] * pairs, (-1.0, -1.0)), gpus, node)
     recorder.config, recorder.c, recorder.gpus = config, c, gpus
@@ -63,10 +62,8 @@ def sampling(**settings):
 
 @functools.cache
 def scoring(model="Llama-3-8B"):
-    import train
     from benchmarks import dry
-    config = train.resolve_config(train.TrainConfig(model="-", data=["-"], compute_dtype="bfloat16",
-                                                    tokens_per_micro_batch=TOKENS))
+    config = dry.config_for(tokens_per_micro_batch=TOKENS)
     pairs = 8 * ROWS * PAIRS_A_ROW
     c = dry.config_of(model, 8)         # enough that what they would keep is more than the root
     recorder = dry.dry_score(c, config, dry.pairs_of([PAIR] * pairs), 8)

@@ -30,6 +30,25 @@ def test_the_table_of_a_gpu_is_that_of_the_committed_results():
     assert table.gpu_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("make", [table.predicted_table, table.changes_table, table.plan_table])
+def test_the_tables_of_dry_runs_are_those_of_the_committed_results(make):
+    assert make() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_plan_is_within_a_tenth_of_every_committed_peak():
+    for model, gpus, knobs, peak, planned in table.planned_peaks():
+        assert 0.9 <= planned / peak <= 1.1, (model, gpus, knobs)
+
+
+def test_what_the_dry_run_predicts_of_a_step_is_within_a_tenth_of_what_an_h100_took():
+    # The rates were set to the first one by kind of kernel; kernels, gaps and peaks were not.
+    for setting, predicted in results("dry-h100").items():
+        measured = results("gpu")["steps of 8B"].get(setting)
+        if measured:
+            assert predicted["seconds"]["in all"] == pytest.approx(measured["profiled_seconds"], rel=0.1)
+            assert predicted["peak_gb"] == pytest.approx(measured["peak_bytes"] / 1e9, rel=0.1)
+
+
 def test_the_row_of_a_gpu_is_that_of_the_committed_results():
     gpu = results("gpu")
     times = gpu["trl"]["trl-4x8"]["seconds"] / gpu["trl"]["ours"]["seconds"]
