@@ -454,7 +454,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bf16_states_give_fp32_logits_unrounded_where_there_is_no_cpu(dtype):
+def test_bf16_states_give_unrounded_fp32_logits_on_other_devices(dtype):
     aten, wide = torch.ops.aten, torch.promote_types(dtype, torch.float32)
     states, weight = torch.empty(5, 8, dtype=dtype, device="meta"), torch.empty(7, 8, dtype=dtype, device="meta")
     with Products() as products:
