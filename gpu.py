@@ -24,7 +24,7 @@ def speed_up(model, dtype, compiled=False):
     between the matrix products of a block: norms, rotary embedding, residuals, SwiGLU.
 
     cuDNN's is PyTorch's first choice on H100s. It builds a plan for every new shape, and every pair
-    has new lengths: a step took five times as long (benchmarks/gpu.json).
+    has new lengths: a step took six times as long (benchmarks/README.md).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if flash_serves(dtype, model.config.head_dim):
@@ -41,7 +41,7 @@ def speed_up(model, dtype, compiled=False):
 
 
 def flash_serves(dtype, head_dim):
-    """Whether the kernel takes it: 16 bits, heads of 8, 16, ... 256."""
+    """Whether the kernel takes it: 16 bits, heads of 8, 16, ... 256. (On cards since Ampere.)"""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and head_dim % 8 == 0 and head_dim <= 256
 
@@ -180,7 +180,8 @@ class Captured:
 # FLOP/s in bf16 without sparsity, of the makers' data sheets, by words of a device's name.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
-    "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
+    "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+    "A10G": 70e12, "A10": 125e12}
 
 
 def peak_flops(device):

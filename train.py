@@ -101,7 +101,7 @@ class TrainConfig:
     cache: str = "runs/cache"           # keeps tokens of large data; empty: tokenise every time
     tokens_per_micro_batch: int = 8192  # a packed row; a step is as many rows as its pairs need
     recompute: bool = False             # activation checkpointing: less memory, a third slower
-    compile: bool = False               # on GPUs: 4 % faster, the first step half a minute later
+    compile: bool = False               # on GPUs: 3 % faster, the first step half a minute later
 
     # Ranks. None of these changes what is computed.
     shard_within_node: bool = False     # HSDP: shard over a node, replicate over nodes
@@ -118,9 +118,9 @@ class TrainConfig:
     # Looking and saving.
     save_every: int = 0                 # steps between checkpoints; 0: at the end, or where a
                                         # signal stops the run: a crash then loses all of it
-    peak_tflops: float = 0              # of a GPU in bf16, for the metric mfu; 0: of known ones
     keep_last: int = 2                  # checkpoints kept, older ones are deleted; 0: all
     eval_every: int = 0                 # steps between evaluations; 0: before and after training
+    peak_tflops: float = 0              # of a GPU in bf16, for the metric mfu; 0: of known ones
     judge: str = ""                     # FILE.py:FUNCTION, called with (prompt turns, answer)
     judge_prompts: str = ""             # held-out prompts; one sampled answer to each is judged
     max_new_tokens: int = 512           # of a judged answer

@@ -47,7 +47,7 @@ TARGETS = {
         "both_spellings)", None, "# --- Hugging Face"),
     "train.py": (
         "test_train.py", "step or packing or scoring or alpha_zero or dpo_starts or rate or warm_up or decayed or "
-        "logs or no_tensor or rank or work or metrics or without_a_loss or gathered", {
+        "logs or no_tensor or rank or work or metrics or without_a_loss or gathered or reference or signal or half", {
             "pair_loss", "run_row", "head_and_loss", "run_rows", "train_step", "learning_rate", "make_optimizer",
             "score_pairs", "reference_logps", "metrics_of", "step_metrics", "work_of"}, None),
 }

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import alphapo
-from alphapo import (alphapo_loss, alphapo_reward, average_logps, displacement_metrics, dpo_loss,
+from alphapo import (alphapo_loss, alphapo_reward, average_logps, displacement_metrics, dpo_loss, margin_losses,
                      pair_metrics, simpo_loss)
 
 mpmath.mp.dps = 60
@@ -524,3 +524,16 @@ def test_alphapo_py_can_be_copied_alone_and_needs_torch_alone(tmp_path):
     modules += ["." * node.level + (node.module or "")
                 for node in nodes if isinstance(node, ast.ImportFrom)]
     assert {module.split(".")[0] for module in modules} - sys.stdlib_module_names == {"torch"}
+
+
+def test_metrics_of_displacement_are_float64_and_a_tie_is_in_no_order():
+    better, worse = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -1.0])
+    metrics = displacement_metrics(better.double(), worse.double(), worse.double(), better.double())
+    assert {value.dtype for value in metrics.values()} == {torch.float64}
+    # At step 0 right, as the tie is not: the third pair, which is wrong by now. The tie is still one.
+    assert metrics["displacement/right"].item() == pytest.approx(1 / 3, rel=1e-15)
+    assert metrics["displacement/accuracy_right"] == 0 and metrics["displacement/accuracy_wrong"] == 0.5
+
+
+def test_a_margin_beyond_all_numbers_has_no_loss():
+    assert margin_losses(torch.tensor([math.inf, -math.inf], dtype=torch.float64), 0.0).tolist() == [0, math.inf]

@@ -3,9 +3,14 @@ a few lines that follow its documentation; and the bookkeeping of CUDA graphs. R
 
 That the real operator does the same is checked where there is a GPU: python -m benchmarks.gpu_day
 """
+import json
+import os
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -202,7 +207,8 @@ def test_answers_are_the_same_with_graphs(flash, graphs, tmp_path, batch_size):
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA B200", 2250e12), ("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 4090", None)])
+    ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA H20", 148e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA B200", 2250e12), ("NVIDIA GeForce RTX 4090", None)])
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpu.peak_flops(torch.device("cuda")) == peak
@@ -254,3 +260,17 @@ def test_errors_of_a_gpu_are_a_line_with_what_to_do(monkeypatch, capsys, error, 
     assert ended == [1] and message.startswith("error: ") and "Traceback" not in message
     for word in words:
         assert word in message
+
+
+def test_the_program_for_the_day_a_gpu_is_at_hand_runs_to_its_end(tmp_path):
+    parts = ["card", "exact", "sampler", "steps of 3B"]     # run takes a minute, 8B compiles, trl is not installed
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--small", "--rounds", "1", "--only", *parts, "--output",
+               str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=Path(gpu.__file__).parent, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(parts) < set(found) and found["device"] == "cpu"
+    assert found["exact"]["average log-probs, absolute"] < 1e-3
+    assert 0 < found["exact"]["the gradient of the head"] < 0.02
+    assert {"kept", "recomputed"} < set(found["steps of 3B"])

@@ -429,6 +429,92 @@ def test_gradients_of_bf16_states_are_summed_over_blocks_in_fp32(monkeypatch):
     assert grad_states.dtype == torch.bfloat16 and grad_states.abs().max() <= 0.01
 
 
+@pytest.mark.parametrize("limit", [63, 64, 65, 66, 127, 128, 129, 250])
+def test_rows_of_logits_are_of_aligned_lengths_but_for_the_last(limit, monkeypatch):
+    """From 64 on multiples of 64: other lengths take GPUs three times as long."""
+    limit_logits(3 * limit + 2, 0, monkeypatch)
+    states, weight = torch.empty(3, 2), torch.empty(300, 2)
+    chunks = [chunk for chunk, *_ in model_py._vocabulary_chunks(states, weight, torch.tensor([0]))]
+    widths = [chunk.stop - chunk.start for chunk in chunks]
+    assert {*widths[:-1]} == {63 if limit == 63 else 64 if limit < 128 else 128 if limit < 192 else 192}
+    assert sum(widths) == 300 and widths[-1] <= widths[0]
+
+
+class Products(TorchDispatchMode):
+    """The operators that multiply matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func._schema.name:
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bf16_states_give_fp32_logits_unrounded_where_there_is_no_cpu(dtype):
+    aten, wide = torch.ops.aten, torch.promote_types(dtype, torch.float32)
+    states, weight = torch.empty(5, 8, dtype=dtype, device="meta"), torch.empty(7, 8, dtype=dtype, device="meta")
+    with Products() as products:
+        z = model_py._logits(states, weight)
+    assert z.shape == (5, 7) and z.dtype == wide
+    assert products.seen == [aten.mm.dtype if dtype == torch.bfloat16 else aten.mm.default]
+
+    total = torch.empty(7, 8, dtype=wide, device="meta")
+    with Products() as products:
+        model_py._add_product(total, z.to(dtype).T, states)
+    assert products.seen == [aten.addmm.dtype_out if dtype == torch.bfloat16 else aten.addmm_.default]
+    assert total.shape == (7, 8) and total.dtype == wide
+
+
+def test_a_bf16_product_is_added_in_fp32_on_cpus():
+    a, b, total = torch.ones(1, 1).bfloat16(), torch.ones(1, 1).bfloat16(), torch.full((1, 1), 256.0)
+    model_py._add_product(total, a, b)
+    assert total.item() == 257          # which bf16 rounds to 256
+
+
+def test_logits_are_kept_of_as_many_tokens_as_their_limit_has_room_for():
+    weight = torch.empty(1000, 1)
+    assert model_py.kept_tokens(torch.empty(1), weight) == 2**25 // 1000
+    assert model_py.kept_tokens(torch.empty(1, device="meta"), weight) == 2**28 // 1000
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_logits_300_apart_in_a_block_neither_overflow_nor_vanish_in_logps(blocks, monkeypatch):
+    if blocks == "many":
+        limit_logits(2 * 4, 0, monkeypatch)
+    z = torch.tensor([[0.0, -300, 200, 199, -100, 100, 198, -300], [-200, -300, -201, -500, -202, -450, -199, -333]])
+    targets = torch.tensor([3, 6])
+    logps = target_logps(torch.eye(2), z.T.contiguous(), targets, keep=False)[0]
+    expected = z.double().log_softmax(-1)[[0, 1], targets]
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_recompute_serves_autograd_grad_and_leaves_the_random_generator_alone(folders, monkeypatch):
+    model = load_model(folders["llama3"])
+    tokens, lengths = torch.arange(20), [(4, 9, 7)]
+
+    def grads():
+        return torch.autograd.grad(model.response_logps(tokens, lengths).sum(), list(model.parameters()))
+    expected = grads()
+    model.recompute = True
+    # To read its state would wait for a GPU.
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    for ours, theirs in zip(grads(), expected):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_block_by_itself_recomputes_nothing(folders, monkeypatch):
+    monkeypatch.setattr(model_py, "checkpoint", None)
+    model = load_model(folders["llama3"])
+    x = torch.randn(5, model.config.dim)
+    cos, sin = model_py.rope_tables(torch.arange(5), model.config)
+    out = model.model.layers[0](x, cos, sin, lambda q, k, v: q)
+    assert out.shape == x.shape
+
+
 def test_a_retained_graph_gives_the_same_gradient_again(blocks):
     states, weight, targets = head()
     logps = TargetLogps.apply(states, weight, targets)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -127,6 +128,34 @@ def test_pairs_are_scored_in_their_order_as_many_at_a_time_as_a_step_takes(tmp_p
     for n in (1, 2, 4, 5):
         assert torch.allclose(train.score_pairs(model, pairs, config_of(pairs_per_step=n)), at_once, rtol=1e-12, atol=0)
     assert at_once.shape == (len(pairs), 5)
+
+
+def test_scoring_stops_after_a_signal(tmp_path, one_rank):
+    model, pairs, config = small_model(tmp_path), random_pairs(LENGTHS), config_of(pairs_per_step=2)
+    assert len(train.score_pairs(model, pairs, config, {signal.SIGTERM: 0})) == len(pairs)
+    with pytest.raises(train.Stop):
+        train.score_pairs(model, pairs, config, {signal.SIGTERM: 1})
+
+
+@pytest.mark.parametrize("room", [0, 40])
+def test_the_head_of_half_weights_adds_up_its_gradient_in_fp32_and_over_rows(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_py, "KEPT_LOGITS", {"cpu": room * 60})
+    generator = torch.Generator().manual_seed(0)
+    pairs, config = random_pairs(LENGTHS), config_of()
+    N = sum(C + R for _, C, R in LENGTHS)
+    states = torch.randn(N, 8, generator=generator).bfloat16()
+    weight = torch.randn(60, 8, generator=generator).bfloat16().requires_grad_()
+    targets = torch.randint(60, (N,), generator=generator)
+    exact = [x.detach().double().requires_grad_() for x in (states, weight)]
+    logps = (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(N), targets]
+    sizes = [n for _, C, R in LENGTHS for n in (C, R)]
+    chosen, rejected = torch.stack([part.mean() for part in logps.split(sizes)]).view(-1, 2).T
+    pair_loss(config, pairs, chosen, rejected)[0].sum().backward()
+    for times in (1, 2):        # rows
+        _, grad_states = train.head_and_loss(states, targets, weight, pairs, config, 1.0)
+        assert weight.grad.dtype == grad_states.dtype == torch.bfloat16
+        for found, expected in ((weight.grad, times * exact[1].grad), (grad_states, exact[0].grad)):
+            assert (found.double() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("column", [CHOSEN_LOGP, REJECTED_LOGP])
@@ -346,7 +375,7 @@ def test_a_step_of_fewer_pairs_takes_their_mean(tmp_path, one_rank):
     losses = torch.stack([reference_loss(model, None, pair, config) for pair in pairs])
     expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
     outcome = train_step(model, make_optimizer(model, config), pairs, 1e-3, config)
-    assert outcome.applied and len(outcome.rows) > 1
+    assert outcome.applied and len(outcome.rows) > 1 and 0 < outcome.seconds < 60
     assert outcome.results[:, LOSS].tolist() == pytest.approx(losses.tolist(), rel=1e-10)
     norm = torch.cat([grad.flatten() for grad in expected]).norm().item()
     assert outcome.grad_norm == pytest.approx(norm, rel=1e-10)
