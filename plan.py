@@ -18,9 +18,9 @@ loaded, so the model's folder may hold config.json alone. A line for each number
 
 Then a sentence says what each knob that is not set would save.
 
-DPO takes no more: its reference is two numbers a pair, computed before the first step. A sliding
-window takes no mask. The counts are within 10 % of a dry run of the step (benchmarks/dry.py); on top
-come the workspaces of kernels, what the allocator loses, and NCCL, some 2 to 4 GB as a rule of
+DPO takes no more: its reference is two numbers a pair, computed before the first step. Sliding
+windows take no masks. The counts are within 10 % of a dry run of the step (benchmarks/dry.py); on
+top come the workspaces of kernels, what the allocator loses, and NCCL, some 2 to 4 GB as a rule of
 thumb.
 """
 import argparse

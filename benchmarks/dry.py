@@ -284,7 +284,7 @@ class Seen:
     bytes: Counter = field(default_factory=Counter)         # kind -> bytes read and written
     op_bytes: Counter = field(default_factory=Counter)      # name -> the same
     seconds: Counter = field(default_factory=Counter)       # kind -> seconds, predicted
-    products: Counter = field(default_factory=Counter)      # dtypes of matmuls' operands
+    products: Counter = field(default_factory=Counter)      # dtypes that matmuls and attention read
     odd: Counter = field(default_factory=Counter)           # matmuls to rows of no multiple of 8
     exact: Counter = field(default_factory=Counter)         # (op of EXACT, dtype that it returns)
     optimiser: Counter = field(default_factory=Counter)     # dtypes of what AdamW reads and writes
@@ -417,6 +417,7 @@ class Recorder(TorchDispatchMode):
             kind = "attention"
             flops = attention_flops(func, args, kwargs)
             self.seen.attention[name] += 1
+            self.seen.products.update(_short(t.dtype) for t in args[:3])
         elif name in COPIES:
             kind = "copies"
         elif name.startswith(("_foreach", "_fused_adam")):      # clipping and FSDP's casts too
