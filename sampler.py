@@ -248,7 +248,7 @@ def generate(
 
         # 3. The next token of each sequence.
         uniform = np.array([sequence.random.random() for sequence in running])
-        uniform = torch.from_numpy(uniform).to(model.device)
+        uniform = to_device(uniform, model.device)
         tokens = sample(logits, uniform, **sampling)        # (B,)
         # What is drawn from NaN looks like any other token.
         tokens[~logits.sum(-1).isfinite()] = NOT_FINITE

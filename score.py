@@ -211,7 +211,8 @@ def rewards(model, prompt, answers):
     positions = to_device(positions, model.device)
     states = model.states(tokens, positions, attend)            # (T, dim)
     end_tokens = [end - 1 for end in ends[1:]]
-    return model.reward(states[end_tokens].float(), states[:P].float())
+    ends_of_answers = states[to_device(end_tokens, model.device)]
+    return model.reward(ends_of_answers.float(), states[:P].float())
 
 
 class RewardScorer:
