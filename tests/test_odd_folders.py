@@ -24,14 +24,9 @@ import tokenizer
 from small import CONFIG, small_model
 from test_tokenizer import ALPHABET, BYTE_LEVEL, CHATML_TEMPLATE, MODEL, SPEC, SPLIT, write_bpe
 
-EXAMPLES = int(os.environ.get("EXAMPLES", 300))
-
-
-def examples(share=1.0):
-    """Seeded examples, EXAMPLES of them; a share where one takes long, unless more were asked for."""
-    count = EXAMPLES if EXAMPLES > 300 else max(1, int(EXAMPLES * share))
-    return settings(max_examples=count, derandomize=True, deadline=timedelta(seconds=5), database=None,
-                    suppress_health_check=list(HealthCheck))
+# The same inputs in every run.
+many = settings(max_examples=int(os.environ.get("EXAMPLES", 1000)), derandomize=True, deadline=timedelta(seconds=5),
+                database=None, suppress_health_check=list(HealthCheck))
 
 
 # --- what is generated ------------------------------------------------------------------------------------------------
@@ -160,7 +155,7 @@ def weights(tmp_path_factory):
 
 
 @given(content=st.one_of(odd_json(LLAMA3), odd_json(MISTRAL), odd_json(QWEN3)))
-@examples()
+@many
 def test_an_odd_config_json_is_read_strictly_or_refused(weights, content):
     file = weights / "config.json"
     file.write_bytes(content)
@@ -180,7 +175,7 @@ INDEX = {"metadata": {"total_size": 8}, "weight_map": {"model.norm.weight": "mod
 
 
 @given(content=odd_json(INDEX))
-@examples()
+@many
 def test_an_odd_index_is_read_or_refused(weights, content):
     folder = weights
     file = weights / model.INDEX
@@ -206,7 +201,7 @@ def odd_weights(draw):
 
 
 @given(content=odd_weights())
-@examples()
+@many
 def test_an_odd_safetensors_header_is_read_or_refused(weights, content):
     (weights / "config.json").write_text(json.dumps(CONFIG))
     file = weights / "model.safetensors"
@@ -216,7 +211,7 @@ def test_an_odd_safetensors_header_is_read_or_refused(weights, content):
 
 
 @given(data=st.data())
-@examples(0.1)
+@many
 def test_an_odd_safetensors_file_loads_as_it_was_or_is_refused(weights, data):
     (weights / "config.json").write_text(json.dumps(CONFIG))
     file = weights / "model.safetensors"
@@ -271,7 +266,7 @@ def odd_vocabulary(draw):
 
 @given(content=st.one_of(odd_json(BPE).map(with_vocabulary), odd_json(BPE).map(with_vocabulary), odd_vocabulary()),
        text=st.text("abc é1\n ", max_size=12))
-@examples()
+@many
 def test_an_odd_tokenizer_json_has_the_ids_of_the_tokenizers_library_or_is_refused(folder, content, text):
     emptied(folder)
     file = folder / "tokenizer.json"
@@ -303,7 +298,7 @@ def test_an_odd_tokenizer_json_has_the_ids_of_the_tokenizers_library_or_is_refus
     "top_p": 0.9}),
     ("config.json", {"vocab_size": 300, "tokenizer_class": "GPT2Tokenizer", "model_type": "llama"})])
 @given(data=st.data())
-@examples(0.3)
+@many
 def test_an_odd_file_beside_the_tokenizer_is_read_or_refused(folder, name, value, data):
     emptied(folder)
     (folder / "tokenizer.json").write_bytes(with_vocabulary(json.dumps(BPE).encode()))
@@ -340,7 +335,7 @@ def odd_template(draw):
 
 
 @given(content=odd_template())
-@examples(0.3)
+@many
 def test_an_odd_chat_template_is_followed_or_refused(folder, content):
     emptied(folder)
     (folder / "tokenizer.json").write_bytes(with_vocabulary(json.dumps(BPE).encode()))
@@ -364,7 +359,7 @@ RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), b) for b in range(2
 
 
 @given(data=st.data())
-@examples(0.3)
+@many
 def test_an_odd_tokenizer_model_is_read_or_refused(folder, sentencepiece_model, data):
     emptied(folder)
     file = folder / "tokenizer.model"

@@ -21,7 +21,7 @@ from sampler import generate, sample
 from small import small_model
 
 # The same inputs in every run. An example may create files: their time says nothing.
-many = settings(max_examples=int(os.environ.get("EXAMPLES", 100)), derandomize=True, deadline=None,
+many = settings(max_examples=int(os.environ.get("EXAMPLES", 1000)), derandomize=True, deadline=None,
                 database=None, suppress_health_check=list(HealthCheck))
 
 
