@@ -53,7 +53,6 @@ SHAPES = {
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256),
     "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128, 128256),
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 128, 128256),
-    "Mistral-7B": (4096, 14336, 32, 32, 8, 128, 32000),
     "small": (64, 128, 2, 4, 2, 16, 500),
 }
 TIED = ("Llama-3.2-1B", "Llama-3.2-3B")
@@ -107,8 +106,7 @@ def sharded_model(model_config, config, device):
 class Pairs:
     """New pairs for each step."""
 
-    def __init__(self, model_config, args):
-        self.vocab = model_config.vocab_size
+    def __init__(self, args):
         self.n = SMALL["pairs"] if args.small else PAIRS
         self.max_length = SMALL["max_length"] if args.small else 2048
         self.seed = 0
@@ -204,7 +202,7 @@ def attention_errors(device):
 def step_errors(device, args):
     """Of log-probs and gradients of a step in bf16, against fp32 on the same device."""
     c = shape("small") if args.small else shape("Llama-3-8B", layers=2)
-    pairs = random_pairs(Pairs(c, args).lengths()[:8], c.vocab_size)
+    pairs = random_pairs(Pairs(args).lengths()[:8], c.vocab_size)
     sides = {}
     for dtype in ("float32", "bfloat16"):
         config = train_config(args, compute_dtype=dtype)
@@ -299,7 +297,7 @@ def measure_steps(model, optimizer, c, setting, device, args):
     torch.backends.cuda.enable_cudnn_sdp("cuDNN" in setting)
     if "compiled" in setting:       # the last setting: it stays so
         gpu.speed_up(model, torch.float32, compiled=True)
-    pairs = Pairs(c, args)
+    pairs = Pairs(args)
     pairs.seed = 100            # the same for every setting
 
     def step():
@@ -416,7 +414,7 @@ def trl(device, args):
     """Steps of TRL and of ours on the same pairs, a model of Llama-3.2-1B's shape."""
     name = "small" if args.small else "Llama-3.2-1B"
     c = shape(name)
-    lengths = Pairs(c, args).lengths()
+    lengths = Pairs(args).lengths()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -486,9 +484,11 @@ PARTS = {
 
 def measure(args):
     device = join_ranks(timeout_minutes=30)
+    arguments = vars(args).copy()
+    del arguments["output"]             # a place on the machine that measured
     found = machine() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "arguments": vars(args)}
+        "arguments": arguments}
     for name in args.only or PARTS:
         if name == "trl" and not args.trl:
             continue

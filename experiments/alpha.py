@@ -216,14 +216,17 @@ def paired_table(study, rows):
             for seed in study.seeds:
                 mine, simpo = of_seeds[label, seed], of_seeds[SIMPO, seed]
                 differences.append(unit * (mine[metric] - simpo[metric]))
-            cells.append(difference_cell(differences, digits))
+            cells.append(cell(*mean_and_error(differences), digits))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def difference_cell(differences, digits):
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
+def mean_and_error(values):
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def cell(mean, error, digits=1):
+    """Bold beyond two standard errors."""
     text = f"{mean:+.{digits}f} +- {error:.{digits}f}"
     return f"**{text}**" if abs(mean) > 2 * error else text
 

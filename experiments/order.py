@@ -36,6 +36,7 @@ from command import run_command
 from data.files import read_jsonl, write_records
 from data.pairs import make_pairs
 from data.preference import load_pairs, pack
+from experiments.alpha import cell, mean_and_error
 from experiments.drift import load_fast
 from tokenizer import load_chat
 
@@ -197,16 +198,6 @@ def difference(rows, labels, way, base, place, group):
     for seed in sorted({seed for _, _, seed in of_seeds}):
         differences.append(of_seeds[*way, seed] - (of_seeds[*base, seed] if base else 0))
     return mean_and_error(differences)
-
-
-def mean_and_error(values):
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def cell(mean, error):
-    """Bold beyond two standard errors."""
-    text = f"{mean:+.1f} +- {error:.1f}"
-    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def betas(rows):

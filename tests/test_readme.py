@@ -123,8 +123,8 @@ def test_differences_to_simpo_are_paired_by_seed():
         rows.append(r | {"score": 10.0 * r["seed"] + above} if r["seed"] < 5 else r)
     table = alpha.paired_table(alpha.TINY, rows)
     assert table.count(" | +2.0 +- 1.0 | ") == len(alpha.finished(alpha.TINY, rows)) - 1
-    assert alpha.difference_cell([1.0, 1.0, 1.0, 1.0, 6.1], 1) == "+2.0 +- 1.0"
-    assert alpha.difference_cell([1.0, 1.0, 1.0, 1.0, 5.9], 1) == "**+2.0 +- 1.0**"
+    assert alpha.cell(*alpha.mean_and_error([1.0, 1.0, 1.0, 1.0, 6.1]), 1) == "+2.0 +- 1.0"
+    assert alpha.cell(*alpha.mean_and_error([1.0, 1.0, 1.0, 1.0, 5.9]), 1) == "**+2.0 +- 1.0**"
 
 
 # --- the reading order ----------------------------------------------------------------------------
