@@ -7,7 +7,8 @@
 Each step is a forward pass of model.py over the newest token of each running sequence (decoding),
 and one over whole prompts (prefill), which take the places of sequences that have ended. Both rows
 are without padding. The layers are those of training. Only attention differs: here it reads the
-keys and values of earlier tokens from a cache. On a GPU decoding is a CUDA graph (gpu.py).
+keys and values of earlier tokens from a cache. On a GPU decoding is a CUDA graph (gpu.py),
+unless the model is sharded.
 
 Axes: T tokens of a row, n running sequences, B rows of the cache, S tokens of room in each,
 P tokens of a prompt, H heads, K key/value heads, D head_dim, dim width, V vocabulary, L layers.
@@ -27,7 +28,9 @@ from model import to_device
 
 # Colder than this the quotients of logits may overflow; answers are greedy long before.
 LEAST_TEMPERATURE = 1e-6
-NOT_FINITE = -1             # in the place of a token: the logits were not finite
+# In the place of a token: the logits were not finite; `first` tokens do not reach top_p.
+NOT_FINITE = -1
+FLAT = -2
 
 
 # --- the KV cache ---------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
 
     uniform: (B,) in float64, in [0, 1). It alone decides, so a sequence depends on no neighbour.
     first: tokens that are sorted for top-p. Sorting all V would take longer than a block of the
-    model, and the `first` largest are nearly always enough; the rows that need more sort all.
+    model, and the `first` largest are nearly always enough; rows that need more have FLAT.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -168,12 +171,27 @@ def sample(logits, uniform, *, temperature, top_p=1.0, top_k=0, first=256):
         choice = candidates.gather(-1, choice)
     tokens = choice[:, 0]
 
-    # 4. Flat rows, whose `first` tokens do not reach top_p, are drawn again from all V.
     if top_p < 1 and not top_k and first < V:
-        flat = total[:, 0] < top_p
-        if flat.any():                                      # waits for the GPU
-            tokens[flat] = sample(
-                logits[flat], uniform[flat], temperature=temperature, top_p=top_p, first=V)
+        tokens.masked_fill_(total[:, 0] < top_p, FLAT)
+    return tokens
+
+
+def next_tokens(model, logits, uniform, **settings):
+    """The next token of each sequence, a list of B ints the same on all ranks of the model; logits,
+    uniform and settings are those of `sample`. NOT_FINITE stands for a token of logits that are
+    not finite."""
+    tokens = sample(logits, uniform, **settings)            # (B,)
+    # What is drawn from NaN looks like any other token.
+    tokens.masked_fill_(~logits.sum(-1).isfinite(), NOT_FINITE)
+    if isinstance(model, FSDPModule):
+        dist.broadcast(tokens, 0)       # ranks must stay in step even if they round differently
+    tokens = tokens.tolist()            # waits for a GPU
+    flat = [i for i, token in enumerate(tokens) if token == FLAT]
+    if flat:                            # these are drawn again, from all V
+        settings["first"] = logits.shape[-1]
+        drawn = next_tokens(model, logits[flat], uniform[flat], **settings)
+        for i, token in zip(flat, drawn):
+            tokens[i] = token
     return tokens
 
 
@@ -248,16 +266,10 @@ def generate(
 
         # 3. The next token of each sequence.
         uniform = np.array([sequence.random.random() for sequence in running])
-        uniform = to_device(uniform, model.device)
-        tokens = sample(logits, uniform, **sampling)        # (B,)
-        # What is drawn from NaN looks like any other token.
-        tokens[~logits.sum(-1).isfinite()] = NOT_FINITE
-        if isinstance(model, FSDPModule):
-            dist.broadcast(tokens, 0)   # ranks must stay in step even if they round differently
+        tokens = next_tokens(model, logits, to_device(uniform, model.device), **sampling)
+        refuse_not_finite(tokens, running)
 
         # 4. Sequences that have ended leave.
-        tokens = tokens.tolist()                            # waits for the GPU
-        refuse_not_finite(tokens, running)
         ended = end_sequences(cache, running, tokens, stop_ids, max_new_tokens)
         for sequence in ended:
             answers[sequence.prompt][sequence.sample] = sequence.ids

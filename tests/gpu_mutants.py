@@ -158,7 +158,10 @@ MUTANTS = [
      "gathered weights kept after an evaluation"),
     # Sampling and scoring.
     ("sampler.py", "tokens = tokens.tolist() ", "tokens = [t.item() for t in tokens] ", "a wait an answer"),
-    ("sampler.py", "if flat.any(): ", "if True: ", "all rows drawn again from all tokens"),
+    ("sampler.py", "    flat = [i for i, token in enumerate(tokens) if token == FLAT]",
+     "    flat = list(range(len(tokens)))[:1] if \"first\" not in settings else []", "a row drawn twice"),
+    ("sampler.py", "    tokens = tokens.tolist()    ",
+     "    (tokens == FLAT).any().item(); tokens = tokens.tolist()    ", "a second wait a token"),
     ("sampler.py", "probs, candidates = probs.topk(n_candidates)",
      "probs, candidates = probs.sort(-1, descending=True)",
      "the vocabulary sorted, in float64"),

@@ -30,7 +30,7 @@ from generate import main
 from layouts import write_layout
 from model import load_model
 from oracles import LLAMA3_MODEL, MISTRAL_MODELS, write_smollm2_tokenizer
-from sampler import answer, generate, sample
+from sampler import answer, generate, next_tokens
 from small import small_model
 from tokenizer import CHAT_FORMATS, load_chat_format, load_tokenizer
 
@@ -200,7 +200,7 @@ def test_logits_that_are_not_finite_are_no_answer(tmp_path, damage, settings):
 def test_the_least_temperature_is_greedy_and_not_infinite(top_p):
     logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) * 1000
     uniform = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = sample(logits, uniform, temperature=sampler.LEAST_TEMPERATURE, top_p=top_p)
+    found = sampler.sample(logits, uniform, temperature=sampler.LEAST_TEMPERATURE, top_p=top_p)
     assert torch.equal(found, logits.argmax(-1))
 
 
@@ -213,6 +213,11 @@ def test_a_prompt_without_tokens_is_refused_and_no_prompts_have_no_answers(llama
 # --- the distribution -----------------------------------------------------------------------------
 
 LOGITS = torch.tensor([1.0, 2.5, 0.3, 2.0, -1.0, 0.9, 1.1, -0.2])
+
+
+def sample(logits, uniform, **settings):
+    """Tokens (B,), of one rank."""
+    return torch.tensor(next_tokens(None, logits, uniform, **settings))
 
 
 def exact_probabilities(temperature, top_p, top_k):

@@ -322,10 +322,10 @@ def a_reward_model_waits_for_nothing_and_has_its_head_in_fp32():
     assert sum(r.seen.kernels.values()) <= REWARD, r.seen.kernels
 
 
-def decoding_waits_twice_a_token_and_takes_flash_attention():
+def decoding_waits_once_a_token_and_takes_flash_attention():
     r = sampling()
     flash_alone(r.seen, LAYERS)
-    assert r.seen.waits == {"item": 1, "tolist": 1}, dict(r.seen.waits)
+    assert r.seen.waits == {"tolist": 1}, dict(r.seen.waits)
     # Tokens and places; the random numbers.
     assert r.seen.copies == {("to the device", "not blocking"): 3}, r.seen.copies
 
@@ -378,7 +378,7 @@ PARTS = {
     "sampling and scoring": [
         scoring_pairs_keeps_nothing_and_forgets_the_gathered_weights,
         a_reward_model_waits_for_nothing_and_has_its_head_in_fp32,
-        decoding_waits_twice_a_token_and_takes_flash_attention,
+        decoding_waits_once_a_token_and_takes_flash_attention,
         decoding_is_in_bf16_with_small_float64_and_few_kernels,
         prefill_is_fused_and_makes_logits_of_last_tokens_alone],
     "knobs": [
