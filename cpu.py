@@ -1,6 +1,7 @@
 """What only CPUs gain from. Without it a run is slower there, and different by rounding alone.
 
 To be rid of it, delete this file and the calls in distributed.py, generate.py and score.py.
+(benchmarks/ and experiments/ call it as well.)
 
     cpu.speed_up(model)         # after load_model, if the model computes on a CPU
 

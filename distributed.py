@@ -154,7 +154,7 @@ def _message(error):
     # A rank that dies shows on the others as a collective operation that fails.
     of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     if of_gloo or isinstance(error, dist.DistError):
-        lines = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         if "NCCL" in lines[0] and len(lines) > 1:       # its own reason comes last
             lines[0] += f"; {lines[-1].strip()}; NCCL_DEBUG=INFO tells more"
         return ("another rank died, or did not answer in the minutes that ranks wait for each "
@@ -200,8 +200,6 @@ def load_sharded(config, device):
         shard=shard)
     model.recompute = config.recompute
     if device.type == "cpu":
-        if config.compile:
-            raise ValueError("compile is for GPUs, where it pays; leave it out on CPUs")
         cpu.speed_up(model)
     else:
         gpu.speed_up(model, getattr(torch, config.compute_dtype), config.compile)

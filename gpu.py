@@ -1,7 +1,7 @@
 """What only GPUs gain from. Without it a run is slower there, and different by rounding alone.
 
-To be rid of it, delete this file and the calls in distributed.py, generate.py, score.py and
-sampler.py.
+To be rid of it, delete this file, the calls in distributed.py, generate.py, score.py and
+sampler.py, and the metric mfu in train.py.
 
     gpu.speed_up(model, torch.bfloat16)     # after load_model, if it computes on a GPU in bf16
 
@@ -11,6 +11,7 @@ step, by a CUDA graph. Measured on an H100 by benchmarks/gpu_day.py.
 
 Be warned: which attention PyTorch may choose is a matter of the whole process.
 """
+import re
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ def speed_up(model, dtype, compiled=False):
     has new lengths: a step took six times as long (benchmarks/README.md).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if flash_serves(dtype, model.config.head_dim):
+    if flash_serves(dtype, model.config.head_dim, model.device):
         model.attend_pairs = partial(
             flash_attend_pairs, device=model.device, window=model.config.window)
         model.decode_attention = flash_decode_attention
@@ -40,8 +41,10 @@ def speed_up(model, dtype, compiled=False):
             block.after_attention = partial(after, block)
 
 
-def flash_serves(dtype, head_dim):
-    """Whether the kernel takes it: 16 bits, heads of 8, 16, ... 256. (On cards since Ampere.)"""
+def flash_serves(dtype, head_dim, device):
+    """Whether the kernel takes it: 16 bits, heads of 8, 16, ... 256, a card since Ampere."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
     half = dtype in (torch.bfloat16, torch.float16)
     return half and head_dim % 8 == 0 and head_dim <= 256
 
@@ -179,15 +182,16 @@ class Captured:
 
 # FLOP/s in bf16 without sparsity, of the makers' data sheets, by words of a device's name.
 PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
-    "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "A10": 125e12}
+    "H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "GH200": 989e12, "H200": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12,
+    "A800": 312e12, "L40S": 362e12, "A10G": 70e12, "A10": 125e12}
 
 
 def peak_flops(device):
     """What a GPU is made for, None if it is not among PEAKS."""
     name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAKS.items() if words in name), None)
+    # Whole words: an RTX A1000 is no A100.
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def useful_flops(c, lengths):

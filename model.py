@@ -321,21 +321,21 @@ def causal_attention(q, k, v, window=None):
 
     q (Tq, H, D), k and v (Tk, K, D) -> (Tq, H, D)
     """
-    absent, Tk = len(k) - len(q), len(k)
+    Tq, Tk = len(q), len(k)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                      # (1, H or K, T, D)
     if window is None or window >= Tk:
         # Flash kernels: no mask in memory. They align the first query with the first key, so zeros
         # stand in for the queries before ours, and what comes of them is left out. For a rejected
         # response that is its prompt's attention once more, a small part of a step.
-        q = F.pad(q, (0, 0, absent, 0))                                         # (1, H, Tk, D)
+        q = F.pad(q, (0, 0, Tk - Tq, 0))                                        # (1, H, Tk, D)
         mask = None
     else:
         places = torch.arange(Tk, device=q.device)
-        distance = places[absent:, None] - places                               # (Tq, Tk)
+        distance = places[Tk - Tq:, None] - places                              # (Tq, Tk)
         mask = (distance >= 0) & (distance < window)
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0, :, -(Tk - absent):].transpose(0, 1)                           # (Tq, H, D)
+    return out[0, :, -Tq:].transpose(0, 1)                                      # (Tq, H, D)
 
 
 # --- the vocabulary head --------------------------------------------------------------------------
@@ -1050,6 +1050,6 @@ def to_device(numbers, device, dtype=None):
     """Numbers of the CPU, a list or a tensor, as a tensor of the device. A GPU takes them from
     pinned memory, so that nobody waits."""
     numbers = torch.as_tensor(numbers, dtype=dtype)
-    if torch.device(device or "cpu").type != "cpu":
+    if torch.device(device or "cpu").type not in ("cpu", "meta"):
         numbers = numbers.pin_memory()
     return numbers.to(device, non_blocking=True)

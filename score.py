@@ -50,7 +50,7 @@ from checkpoint import model_digest
 from command import lock, run_command, unlock_all
 from data.files import (
     append_whole, is_finite_number, parse_line, read_json, read_jsonl, read_records, written_whole)
-from data.dialogues import prompt_and_answers
+from data.dialogues import PROMPT_FIELDS, prompt_and_answers
 from data.preference import are_finite_numbers, as_answers, content_hash
 from judge import ask, load_judge
 from model import Transformer, checkpoint_tensors, load_model, to_device, weight_files
@@ -299,7 +299,10 @@ def read_answers(path, scorers=(), dropped=None, skip_bad_lines=False, as_it_sta
     def answers_to_score(record, source):
         if "all_generated_responses" not in record and {"chosen", "rejected"} <= record.keys():
             turns, *answers = prompt_and_answers(record, as_it_stands)
-            record = {"prompt": turns, "all_generated_responses": answers, "labels": [1, 0]}
+            # Columns that are in the turns now would be added to them once more.
+            rest = {name: value for name, value in record.items()
+                    if name not in (*PROMPT_FIELDS, "input", "system", "history")}
+            record = rest | {"prompt": turns, "all_generated_responses": answers, "labels": [1, 0]}
         turns, answers = as_answers(record, as_it_stands)
         if not answers:
             raise ValueError("all_generated_responses is empty; expected an answer or more")

@@ -10,11 +10,10 @@ flags and recipes come last.
 
 Mixed precision on GPUs (on CPUs all that is bf16 here is fp32 by default):
 
-    bf16        compute_dtype: gathered weights, activations, the gradients of one row, and the
-                vocabulary head's logits before they become fp32
+    bf16        compute_dtype: gathered weights, activations, and the gradients of one row
     fp32        weight_dtype: the master weights, sharded over the ranks by FSDP2; AdamW's moments;
                 gradients summed over rows and ranks
-    fp32        the head's softmax and the log-probs of tokens
+    fp32        the vocabulary head's logits and softmax, and the log-probs of tokens
     float64     averages over tokens, rewards, losses
 
 A run writes into its folder what checkpoint.py describes.
@@ -347,7 +346,6 @@ def reference_logps(model, pairs, config):
     """Log-probs of B pairs under the model as it is now, (B, 2): sums for DPO, averages for
     dpo_norm. That is all that they need of their reference: no second model is kept. ValueError
     names a pair without finite ones."""
-    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     averages = score_pairs(model, pairs, config)[:, [CHOSEN_LOGP, REJECTED_LOGP]].cpu()
     for pair, finite in zip(pairs, averages.isfinite().all(1).tolist()):
         if not finite:
@@ -355,7 +353,7 @@ def reference_logps(model, pairs, config):
                              "DPO's reference, are not finite")
     if config.method == "dpo_norm":
         return averages
-    return averages * torch.tensor(lengths, dtype=torch.float64)
+    return averages * torch.tensor([pair.lengths[1:] for pair in pairs])        # (B, 2)
 
 
 def metrics_of(results, start=None):
@@ -396,10 +394,10 @@ def judge_answers(run, step):
     is no reason to stop."""
     try:
         answers, scores, failure = run.judge(run.model, run.noted)
-    except ValueError as e:         # of the sampler: the same on all ranks
+        metrics = judged_metrics(run, answers, scores)
+    except ValueError as e:         # of the sampler or the chat format: the same on all ranks
         say(f"judge    step {step}: no answers ({e})")
         return {}
-    metrics = judged_metrics(run, answers, scores)
     say(judged_line(step, metrics, len(scores)))
     if failure:
         say(f"judge    {metrics['judge_failed']} answers have no score. The first, {failure}")
@@ -502,11 +500,12 @@ def train(run):
     def due(step, every):
         return step == n_steps or (every and step % every == 0)
 
+    step_ended = time.perf_counter()
     try:
         evaluated = [line["step"] for line in run.evaluations]
         if (first == 0 or due(first, config.eval_every)) and first not in evaluated:
             evaluate(run, first)
-        began = step_ended = time.perf_counter()
+        began = time.perf_counter()
         for i in range(first, n_steps):
             # 1. The step.
             step_began = time.perf_counter()
@@ -993,6 +992,8 @@ def resolve_config(config):
         except ValueError:
             raise ValueError(
                 f"date = {config.date!r}; expected a date like 2026-01-31") from None
+    if config.compile and not torch.cuda.is_available():
+        raise ValueError("compile is for GPUs, where it pays; leave it out on CPUs")
     if not config.compute_dtype:
         mixed = torch.cuda.is_available() and config.weight_dtype == "float32"
         compute_dtype = "bfloat16" if mixed else config.weight_dtype

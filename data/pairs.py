@@ -146,8 +146,8 @@ def parse_args(argv):
                         help="drop pairs whose scores differ by less")
     parser.add_argument("--uncertainty", type=float, default=0.0, metavar="K",
                         help="standard deviations between scorers that are taken off a score")
-    parser.add_argument("--spread", choices=("deviation", "variance"), default="deviation",
-                        help="what --uncertainty takes off")
+    parser.add_argument("--spread", choices=("deviation", "variance"),
+                        help="what --uncertainty takes off; default: deviation")
     parser.add_argument("--agree", action="store_true",
                         help="drop pairs whose order not every scorer confirms")
     parser.add_argument("--skip_bad_lines", action="store_true",
@@ -161,6 +161,9 @@ def parse_args(argv):
         value = getattr(args, name)
         if not 0 <= value < math.inf:       # false for nan too
             raise ValueError(f"{name} = {value}; expected 0 or more")
+    if args.spread and not args.uncertainty:
+        raise ValueError(f"spread = {args.spread} is of --uncertainty; give that too")
+    args.spread = args.spread or "deviation"
     return args
 
 

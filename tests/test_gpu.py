@@ -203,12 +203,22 @@ def test_answers_are_the_same_with_graphs(flash, graphs, tmp_path, batch_size):
     assert len(graphs) == len(set(graphs)) and max(graphs) == batch_size
 
 
+@pytest.mark.parametrize("dtype, head_dim, card, served", [
+    (torch.bfloat16, 128, (8, 0), True), (torch.bfloat16, 128, (9, 0), True), (torch.bfloat16, 128, (7, 5), False),
+    (torch.float16, 256, (8, 9), True), (torch.bfloat16, 264, (9, 0), False), (torch.bfloat16, 36, (9, 0), False),
+    (torch.float32, 128, (9, 0), False)])
+def test_flash_serves_what_its_kernel_takes(monkeypatch, dtype, head_dim, card, served):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    assert gpu.flash_serves(dtype, head_dim, torch.device("cuda")) is served
+
+
 # --- metrics and errors ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA H20", 148e12), ("NVIDIA H200", 989e12),
-    ("NVIDIA B200", 2250e12), ("NVIDIA GeForce RTX 4090", None)])
+    ("NVIDIA B200", 2250e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H800 PCIe", 756e12),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", None)])
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpu.peak_flops(torch.device("cuda")) == peak

@@ -123,7 +123,8 @@ def test_the_gap_is_that_of_the_lowered_scores():
     (TWO | {"all_scorer_scores": [[1, 2, None], [1, 2, 3]]}, {"uncertainty": 1},
      "scorer 1; expected a list of 3"),
     (ROW, {"min_gap": -1}, "min_gap = -1.0; expected 0 or more"),
-    (ROW, {"uncertainty": "nan"}, "uncertainty = nan; expected 0 or more")])
+    (ROW, {"uncertainty": "nan"}, "uncertainty = nan; expected 0 or more"),
+    (ROW, {"spread": "variance"}, "spread = variance is of --uncertainty; give that too")])
 def test_what_is_malformed_is_refused_by_line_or_option(row, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, TWO, row, **options)

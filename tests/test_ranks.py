@@ -262,6 +262,19 @@ def test_answers_that_cannot_be_sampled_end_no_training(data, tmp_path, monkeypa
     assert weights(tmp_path / "out", 2)
 
 
+def test_answers_that_the_chat_format_refuses_end_no_training(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Sort these words: owl, moss"}\n')
+    options = {"max_steps": 1, "judge": f"{TINY}/judge.py:score", "judge_prompts": tmp_path / "prompts.jsonl",
+               "max_new_tokens": 4}
+
+    def refuse(run, answers, scores):
+        raise ValueError("no end token after it")
+    monkeypatch.setattr("train.judged_metrics", refuse)
+    main(config(data, tmp_path / "out", **options))
+    assert "judge    step 1: no answers (no end token after it)" in capsys.readouterr().out
+    assert weights(tmp_path / "out", 1)
+
+
 def test_a_judge_may_come_with_resume(data, tmp_path, capsys):
     options = {"max_steps": 4, "save_every": 2, "max_new_tokens": 4}
     main(config(data, tmp_path / "out", **options))

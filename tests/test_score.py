@@ -326,13 +326,16 @@ def test_a_labelled_file_says_how_often_each_scorer_is_right(job, capsys):
             row | {"labels": [0, 5, 5, 0]},         # 2 of 4, not
             row | {"labels": [7, 7, 7, 7]},         # says nothing
             row,                                    # no labels
-            {"prompt": "q", "chosen": "long", "rejected": "low"},           # 1 of 1, the best
+            {"instruction": "q", "chosen": "long", "rejected": "low", "system": "s", "subset": 5},  # 1 of 1, the best
             {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}],
              "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "na"}]}]   # a tie is wrong
     scored = job(rows, "length", "half")
     told = f"{13 / 22:.1%} of 22 pairs of answers in the order of their labels, 50.0% of 6 best"
     assert capsys.readouterr().out.count(told) == 2         # each scorer
     assert scored[6]["all_generated_responses"] == ["long", "low"] and scored[6]["labels"] == [1, 0]
+    # What is not part of the prompt stays: accuracies by subset can be made of it.
+    assert scored[6]["subset"] == 5 and not {"instruction", "system", "chosen"} & scored[6].keys()
+    assert [turn["content"] for turn in scored[6]["prompt"]] == ["s", "q"]
     assert scored[7]["all_scorer_scores"][0] == [2.0, 2.0]
     # Gone on with, or whole already, it says the same of the whole file.
     lines = job.output.read_text().splitlines(keepends=True)

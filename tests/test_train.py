@@ -455,7 +455,7 @@ def test_a_bad_recipe_is_an_error_that_names_file_and_key(toml, message, tmp_pat
     ("--alpha nan", "alpha = nan; expected a finite"), ("--pairs_per_step 0", "pairs_per_step = 0"),
     ("--label_smoothing 0.5", "label_smoothing = 0.5"), ("--label_smoothing nan", "label_smoothing = nan"),
     ("--label_smoothing -0.1", "label_smoothing = -0.1"), ("--warmup_ratio 2", "warmup_ratio = 2.0"),
-    ("--eval_data x --eval_pairs 3", "expected one of them"),
+    ("--eval_data x --eval_pairs 3", "expected one of them"), ("--compile", "compile is for GPUs"),
     ("--save_dtype int8", "save_dtype = 'int8'"), ("--seed -1", "seed = -1"), ("--judge j.py:f", "judge needs"),
     ("--learning_rate inf", "learning_rate = inf"), ("--weight_dtype bfloat16", "weight_dtype = 'bfloat16'"),
     ("--compute_dtype float8", "compute_dtype = 'float8'"), ("--keep_last -1", "keep_last = -1"),
