@@ -2,11 +2,11 @@
 
     python plot.py shapes --output shapes.png
     python plot.py runs runs/first runs/second --output runs.png
-    python plot.py drift experiments/tiny.jsonl --output drift.png
+    python plot.py drift experiments/equal_kl.jsonl --output drift.png
 
 shapes  the reward and its slope for a set of alphas
 runs    how held-out pairs moved in the training runs of these folders
-drift   judged score and likelihood displacement against KL, of a file of experiments/alpha.py
+drift   judged score and likelihood displacement against KL, of a file of experiments/equal_kl.py
 """
 import argparse
 import math
@@ -35,7 +35,7 @@ RUN_CURVES = (
     (2, "eval_logps/margins", "-"),
 )
 
-DRIFT_NUMBERS = ("kl", "score", "displacement_chosen", "learning_rate")     # of a run
+DRIFT_NUMBERS = ("kl", "score", "displacement_chosen", "step")      # of an evaluation
 
 # --- what all pictures share ----------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def shapes():
         right.plot(logps, slopes, color=color_of(alpha))
 
     style(left, "reward", "average log-prob per token", "(1 - exp(-alpha l)) / alpha")
-    style(right, "its slope: how hard an answer is pushed", "average log-prob per token",
+    style(right, "its slope", "average log-prob per token",
           "exp(-alpha l)")
     left.set_ylim(-6, 0.2)      # alpha = 1 falls to -19
     right.set_yscale("log")     # straight lines of slope -alpha
@@ -173,8 +173,8 @@ def draw_judge(panel, lines, color):
 # --- drift ----------------------------------------------------------------------------------------
 
 def read_drift(file):
-    """The runs of a file of experiments/alpha.py, as a list for each label: a method or an alpha.
-    ValueError if there are none, or they lack a number."""
+    """The evaluations of a file of experiments/equal_kl.py, as a list for each label: a method or
+    an alpha. ValueError if there are none, or they lack a number."""
     records_by_label = {}
     for source, record in read_jsonl(file):
         label = record.get("label")
@@ -183,22 +183,25 @@ def read_drift(file):
         check_fields(record, source, DRIFT_NUMBERS, ["alpha"])
         records_by_label.setdefault(label, []).append(record)
     if not records_by_label:
-        raise ValueError(f"{file}: no runs; expected a file of experiments/alpha.py")
+        raise ValueError(f"{file}: no runs; expected a file of experiments/equal_kl.py")
     return records_by_label
 
 
 def drift(file):
-    """Judged score and displacement against KL to the start, a point a run of experiments/alpha.py;
-    a line joins the means at each learning rate."""
+    """Judged score and displacement against KL to the start, a point an evaluation of
+    experiments/equal_kl.py; a line joins the means over the seeds at each step."""
     records_by_label = read_drift(file)
 
-    # Each label has a color.
+    # Each alpha has a color; ways of one alpha, which differ by their beta, have other lines.
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    colors = []
     for label, records in records_by_label.items():
         alpha = records[0]["alpha"]
         color = "tab:green" if alpha is None else color_of(alpha)       # DPO has no alpha
-        draw_drift(left, "score", records, color, label)
-        draw_drift(right, "displacement_chosen", records, color, label)
+        line = ("-", "--", ":", "-.")[colors.count(color) % 4]
+        colors.append(color)
+        draw_drift(left, "score", records, color, line, label)
+        draw_drift(right, "displacement_chosen", records, color, line, label)
 
     style(left, "score of sampled answers", "KL to the start, nats per token", "judge's mean score")
     style(right, "likelihood displacement", "KL to the start, nats per token",
@@ -208,19 +211,17 @@ def drift(file):
     return figure
 
 
-def draw_drift(panel, metric, records, color, label):
-    """Draws a metric of runs against their KL: a point a run, and a line through the means."""
-    panel.scatter(column(records, "kl"), column(records, metric), color=color, s=12, alpha=0.5)
+def draw_drift(panel, metric, records, color, line, label):
+    """Draws a metric against KL: a point an evaluation, and a line through the means."""
+    panel.scatter(column(records, "kl"), column(records, metric), color=color, s=8, alpha=0.3)
 
-    # Runs of one learning rate differ by their seed alone.
     mean_kls = []
     mean_values = []
-    for rate in sorted({record["learning_rate"] for record in records}):
-        same_rate = [record for record in records if record["learning_rate"] == rate]
-        mean_kls.append(statistics.mean(column(same_rate, "kl")))
-        mean_values.append(statistics.mean(column(same_rate, metric)))
-    panel.plot(mean_kls, mean_values, color=color, linewidth=1, label=label)
-    panel.set_xscale("log")     # KL spans two powers of ten
+    for step in sorted({record["step"] for record in records}):
+        same_step = [record for record in records if record["step"] == step]
+        mean_kls.append(statistics.mean(column(same_step, "kl")))
+        mean_values.append(statistics.mean(column(same_step, metric)))
+    panel.plot(mean_kls, mean_values, line, color=color, linewidth=1, label=label)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ about, and on held-out pairs, which are always clean.
 
 To leading order AlphaPO is SimPO with another beta: the slope of its reward at a log-prob l is
 beta * exp(-alpha * l). So each alpha is also set against a SimPO whose reward has that slope at the
-mean log-prob of the start, and the same target margin. What is left is the shape alone.
+mean log-prob of the start, and the same target margin. What is left does not come of that beta.
 
 All of it is paired: on one seed all ways get the same pairs, flips, order and steps. Results go to
 experiments/order.jsonl, a line a run.
@@ -174,7 +174,7 @@ def comparisons(alpha, beta):
     return (
         (f"alpha = {alpha:g} - SimPO", shaped, SIMPO),
         (f"SimPO at beta {beta:.2f} - SimPO", matched, SIMPO),
-        (f"alpha = {alpha:g} - SimPO at beta {beta:.2f}: shape", shaped, matched),
+        (f"alpha = {alpha:g} - SimPO at beta {beta:.2f}", shaped, matched),
     )
 
 
@@ -234,7 +234,7 @@ def table(rows):
 
 
 def draw(rows):
-    """The differences to SimPO by group: AlphaPO, and its shape alone."""
+    """The differences by group: of AlphaPO to SimPO, and to the SimPO of its matched beta."""
     import matplotlib.pyplot as plt
     from plot import style
 

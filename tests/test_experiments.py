@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import plot
 from alphapo import alphapo_loss, alphapo_reward
-from experiments import concise, order
+from experiments import equal_kl, four_words, order
 from experiments.drift import drift, kl_of_answer
 from model import load_model
 from tokenizer import load_chat
@@ -68,17 +68,59 @@ def test_drift_is_kl_per_token_of_whole_answers_with_its_standard_error(models, 
     assert d["kl_stderr"] == pytest.approx(variance.sqrt().item(), rel=0.3)
 
 
+SENTENCE = "The sailor crossed the old bridge with a basket of pepper."
+
+
 @pytest.mark.parametrize("answer, points", [
-    ("word " * 39 + "word.", 100),
-    ("word " * 19 + "word.", 50),
-    ("word " * 79 + "word!", 50),
-    ("word " * 40, 50),
-    ("", 0),
-    ("word\n" * 40, 25),
-    ("word " * 39 + "\nword.", 50),
-    ("  " + "word " * 39 + "word?  ", 100)])
-def test_the_concise_judge(answer, points):
-    assert concise.score([{"role": "user", "content": "?"}], answer) == points
+    (SENTENCE, 100),
+    (f"  {SENTENCE}\n", 100),
+    ("Sailors crossed the old BRIDGE with their baskets full of peppers!", 100),         # plurals, capitals
+    ("The sailor crossed the old bridge with a dog on it.", 50),
+    ("The tailor crossed the footbridge with a pepperoni and a basketball.", 0),       # other words
+    ("Sailor, bridge, basket, pepper.", 50),                                          # too short
+    (SENTENCE[:-1] + " and went on and on along the river until he came home.", 50),     # 22 words
+    ("The sailor crossed the old bridge with a basket and much pepper " + "again " * 7 + "again.", 100),     # 20
+    ("The sailor crossed the bridge: basket, pepper.", 50),                           # 7 words
+    ("The old sailor crossed the bridge: basket, pepper.", 100),                      # 8
+    (SENTENCE[:-1], 50),
+    (SENTENCE.replace(" with", "\nwith"), 50),
+    ("Sailor\nbridge", 12.5),
+    ("", 0)])
+def test_the_judge_of_four_words(answer, points):
+    turns = [{"role": "user", "content": "Use all of these words: sailor, bridge, basket, pepper."}]
+    assert four_words.score(turns, answer) == points
+
+
+def test_prompts_of_four_words_are_those_of_their_seed(tmp_path):
+    texts = []
+    for seed in (0, 0, 1):
+        four_words.main(["--prompts", "50", "--seed", f"{seed}", "--output", str(tmp_path / "p.jsonl")])
+        texts.append([json.loads(line)["prompt"] for line in open(tmp_path / "p.jsonl")])
+    assert texts[0] == texts[1] and not set(texts[0]) & set(texts[2])
+    for text in texts[0]:
+        given = text.removesuffix(".").rpartition(": ")[2].split(", ")
+        assert len(set(given)) == 4 and set(given) <= set(four_words.NOUNS)
+        assert four_words.score([{"content": text}], f"Here are {' and '.join(given)}, all of them.") == 100
+
+
+FOUR_WORDS = Path(four_words.__file__).parent
+
+
+def test_the_pairs_of_four_words_have_the_scores_of_the_judge_and_prompts_of_their_seed(tmp_path):
+    made = {}
+    for seed, n in ((0, 587), (1, 128)):
+        four_words.main(["--prompts", f"{n}", "--seed", f"{seed}", "--output", str(tmp_path / "p.jsonl")])
+        made[seed] = [json.loads(line)["prompt"] for line in open(tmp_path / "p.jsonl")]
+    assert made[1] == [json.loads(line)["prompt"] for line in open(FOUR_WORDS / "four_words_prompts.jsonl")]
+    pairs = [json.loads(line) for line in open(FOUR_WORDS / "four_words_pairs.jsonl")]
+    assert len(pairs) == 576 and {pair["prompt"] for pair in pairs} <= set(made[0])
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            assert four_words.score([{"content": pair["prompt"]}], pair[side]) == pair[f"{side}_score"]
+        assert pair["chosen_score"] >= pair["rejected_score"] + 20
+    means = [sum(pair[f"{side}_score"] for pair in pairs) / 576 for side in ("chosen", "rejected")]
+    page = (FOUR_WORDS / "README.md").read_text(encoding="utf-8")
+    assert "answers score {:.0f} and rejected ones {:.0f}.".format(*means) in page
 
 
 def evaluation(step, score):
@@ -113,6 +155,34 @@ def test_the_picture_of_shapes_holds_the_reward():
         logp, reward = line.get_xdata()[0], line.get_ydata()[0]
         expected = logp if alpha == 0 else (1 - math.exp(-alpha * logp)) / alpha
         assert reward == pytest.approx(expected)
+
+
+# --- equal_kl.py ----------------------------------------------------------------------------------------------------
+
+def measured(label, seed, *points):
+    """Measurements of a run: (KL, score) at steps 0, 8, ..."""
+    return [{"label": label, "seed": seed, "step": 8 * i, "kl": kl, "score": score,
+             "displacement_chosen": score / 100, "displacement_rejected": 0.0} for i, (kl, score) in enumerate(points)]
+
+
+def test_a_metric_at_a_kl_lies_on_the_line_between_two_measurements():
+    run = measured("x", 0, (0, 50), (0.1, 70), (0.3, 60), (0.2, 10), (0.5, 0))
+    for kl, expected in ((0.05, 60), (0.1, 70), (0.2, 65), (0.25, 62.5), (0.4, 10 / 3)):    # where it is first
+        assert equal_kl.at_kl(run, kl, "score") == pytest.approx(expected)
+    assert equal_kl.at_kl(run, 0.51, "score") is None
+
+
+def test_the_table_at_equal_kl_is_paired_and_says_who_never_gets_there(monkeypatch):
+    monkeypatch.setattr(equal_kl, "COMPARED", (equal_kl.SIMPO, "other"))
+    monkeypatch.setattr(equal_kl, "KLS", (0.1, 0.4))
+    rows = []
+    for seed, above in enumerate((1, 1, 1, 1, 6.1)):        # differences of 2 with a standard error of 1
+        rows += measured(equal_kl.SIMPO, seed, (0, 50), (0.2, 50 + 20 * seed), (0.5, 0))
+        rows += measured("other", seed, (0, 50 + 2 * above), (0.2, 50 + 20 * seed), (0.4 if seed else 0.3, 0))
+    lines = equal_kl.table(rows).splitlines()
+    assert lines[2].startswith(f"| {equal_kl.SIMPO} | +70.0 | +0.700 | +0.000 | ")
+    assert lines[3].startswith("| other - SimPO | +2.0 +- 1.0 | +0.020 +- 0.010 | ")
+    assert lines[3].count(" 1 of 5 never get there |") == 3
 
 
 # --- order.py -------------------------------------------------------------------------------------------------------
@@ -169,8 +239,8 @@ def test_most_wrong_pairs_of_noisy_labels_are_flipped_ones():
         labelled[flipped] = labelled[flipped].flip(1)
         wrong = {i for i in trained_on if not labelled[i, 0] > labelled[i, 1]}
         shares.append(len(wrong & set(flipped)) / len(wrong))
-    page = (order.ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-    assert f"{sum(shares) / 5:.0%}".replace("%", " %") + " of\n  the wrong ones were flipped" in page
+    page = " ".join((order.ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    assert f"{100 * sum(shares) / 5:.0f} % of the wrong ones were flipped" in page
     assert f"the mean log-prob of the start, {start.mean():.2f}:" in page
 
 

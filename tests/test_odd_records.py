@@ -543,7 +543,7 @@ def test_metrics_are_numbers_to_draw_or_told_by_line(folder, content):
             assert all(isinstance(value, (int, float)) for value in drawn)
 
 
-RUN = {"label": "alpha = 0", "alpha": 0, "kl": 0.5, "score": 50.0, "displacement_chosen": -0.1, "learning_rate": 1e-5}
+RUN = {"label": "alpha = 0", "alpha": 0, "kl": 0.5, "score": 50.0, "displacement_chosen": -0.1, "step": 8}
 
 
 def run_of_experiment(r):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
-from experiments import alpha, order
+from experiments import alpha, equal_kl, order
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "RUNNING.md", "CONTRIBUTING.md", "benchmarks/README.md",
@@ -100,19 +100,43 @@ def test_the_tables_of_order_are_those_of_the_committed_runs():
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.recipe)
 def test_every_way_had_the_same_search_and_seeds(study):
-    assert len(alpha.finished(study, STUDIES[study])) >= 6
-    for label in alpha.finished(study, STUDIES[study]):
-        mine = [r for r in STUDIES[study] if r["label"] == label]
-        search = {(r["learning_rate"], r["seed"]) for r in mine if r["seed"] in study.search_seeds}
-        final = [(r["learning_rate"], r["seed"]) for r in mine if r["seed"] in study.seeds]
-        assert search == {(rate, seed) for rate in study.rates for seed in study.search_seeds}
-        assert sorted(final) == [(alpha.best_rate(study, STUDIES[study], label), seed) for seed in study.seeds]
+    rows = STUDIES[study]
+    assert len(alpha.paired_seeds(study, rows)) >= 3
+    for label in study.ways:
+        mine = [(r["learning_rate"], r["seed"]) for r in rows if r["label"] == label]
+        search = {(rate, seed) for rate in study.rates for seed in study.search_seeds}
+        final = {(alpha.best_rate(study, rows, label), seed) for seed in study.seeds}
+        assert search <= set(mine) <= search | final and len(set(mine)) == len(mine)
+
+
+@pytest.mark.parametrize("study, label", [(alpha.TINY, alpha.TINY_MATCHED), (alpha.SMOLLM2, alpha.SMOLLM2_MATCHED)],
+                         ids=["tiny", "smollm2"])
+def test_a_study_has_a_simpo_matched_to_alpha_1_at_the_mean_log_prob_of_the_start(study, label):
+    # Of all pairs it is what the beta is made of; of those held out on each seed it is nearly so.
+    logps = [r["logp_before"] for r in STUDIES[study] if r["seed"] in study.seeds]
+    _, _, beta = alpha.WAYS[label]
+    assert beta == pytest.approx(order.matched_beta(1, 2.5, sum(logps) / len(logps)), rel=0.05)
+
+
+def test_the_loop_on_smollm2_is_a_committed_run():
+    (r,) = [r for r in STUDIES[alpha.SMOLLM2] if r["label"] == "alpha = 0.25" and r["seed"] == 0]
+    page = " ".join((ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
+    for text in (f"rose from {r['score_before']:.1f} +- 2.2 to {r['score']:.1f} +- {r['score_stderr']:.1f}.",
+                 f"fell by {-r['displacement_rejected']:.2f} a token and the chosen one by "
+                 f"{-r['displacement_chosen']:.2f} (in {100 * r['fell']:.0f} % of the pairs)",
+                 f"KL to the start is {r['kl']:.3f} +- {r['kl_stderr']:.3f} nats"):
+        assert text in page
+
+
+def test_the_table_at_equal_kl_is_that_of_the_committed_runs():
+    rows = [json.loads(line) for line in equal_kl.RESULTS.read_text().splitlines()]
+    assert equal_kl.table(rows) in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_of_means_over_the_final_seeds():
-    rows = [r | {"score": 10.0 * r["seed"] if r["seed"] < 5 else 1.0} for r in ROWS]
-    ways = alpha.finished(alpha.TINY, rows)
-    assert alpha.table(alpha.TINY, rows).count(" | 20.0 +- 15.8 | ") == len(ways)       # of 0, 10, ..., 40
+    rows = [r | ({"score": 10.0 * r["seed"]} if r["seed"] < 5 else {}) for r in ROWS]
+    table = alpha.table(alpha.TINY, rows)
+    assert table.count(" | 20.0 +- 15.8 | ") == len(alpha.TINY.ways)        # of 0, 10, ..., 40
 
 
 def test_differences_to_simpo_are_paired_by_seed():
@@ -122,7 +146,8 @@ def test_differences_to_simpo_are_paired_by_seed():
         above = 0 if r["label"] == alpha.SIMPO else 6 if r["seed"] == 4 else 1
         rows.append(r | {"score": 10.0 * r["seed"] + above} if r["seed"] < 5 else r)
     table = alpha.paired_table(alpha.TINY, rows)
-    assert table.count(" | +2.0 +- 1.0 | ") == len(alpha.finished(alpha.TINY, rows)) - 1
+    assert table.count(" | +2.0 +- 1.0 | ") == len(alpha.TINY.ways) - 1
+    assert table.splitlines()[-2].startswith("| alpha = 1 - SimPO (beta = 2.93) | +0.0 +- 0.0 | ")
     assert alpha.cell(*alpha.mean_and_error([1.0, 1.0, 1.0, 1.0, 6.1]), 1) == "+2.0 +- 1.0"
     assert alpha.cell(*alpha.mean_and_error([1.0, 1.0, 1.0, 1.0, 5.9]), 1) == "**+2.0 +- 1.0**"
 
