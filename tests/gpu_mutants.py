@@ -83,7 +83,7 @@ MUTANTS = [
     ("model.py", "numbers = numbers.pin_memory()", "pass", "copies from memory that is not pinned"),
     # Attention.
     ("gpu.py", "torch.backends.cuda.enable_cudnn_sdp(False)", "pass", "cuDNN's attention may be chosen"),
-    ("gpu.py", "    if flash_serves(dtype, model.config.head_dim):", "    if False:", "plain attention"),
+    ("gpu.py", "    if flash_serves(dtype, model.config.head_dim, model.device):", "    if False:", "plain attention"),
     ("gpu.py", "head_dim <= 256", "head_dim <= 64", "plain attention for heads of 128"),
     ("gpu.py", "        model.decode_attention = flash_decode_attention", "        pass", "plain decoding"),
     ("gpu.py", "window_size_left=left", "window_size_left=-1", "windows ignored"),
@@ -171,8 +171,8 @@ MUTANTS = [
      "device=model.device), to_device(ends", "tokens that are waited for"),
     ("sampler.py", "states[to_device(predictors, device)] @ model.head_weight.T",
      "(states @ model.head_weight.T)[to_device(predictors, device)]", "logits of whole prompts"),
-    ("score.py", "model.reward(states[end_tokens].float(), states[:P].float())",
-     "model.reward(states.double()[end_tokens].float(), states[:P].float())", "states in float64"),
+    ("score.py", "states[to_device(end_tokens, model.device)]", "states.double()[to_device(end_tokens, model.device)]",
+     "states in float64"),
 ]
 
 # old text of those that are missed, and why that is so.

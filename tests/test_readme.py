@@ -1,4 +1,5 @@
 """What the READMEs say is what is here: tables of results, counts of lines, links. Run: pytest tests/test_readme.py"""
+import ast
 import json
 import re
 from pathlib import Path
@@ -181,6 +182,22 @@ def test_the_counts_of_lines_are_those_of_the_files():
 
 def test_the_method_can_be_read_in_an_hour():
     assert sum(lines for _, _, lines in reading_order()) <= LINES_AN_HOUR
+
+
+# --- the lists of mutants.py and gpu_mutants.py ---------------------------------------------------
+
+def test_the_lists_of_changes_to_the_code_are_of_lines_that_are_there():
+    # gpu_mutants.py loads PyTorch's distributed parts and sets the number of threads: read, not imported.
+    (found,) = [node for node in ast.parse((ROOT / "tests/gpu_mutants.py").read_text()).body
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS"]
+    changes = ast.literal_eval(found.value)
+    assert len(changes) > 70
+    for file, old, new, why in changes:
+        assert (ROOT / file).read_text().count(old) == 1 and old != new, f"{file}: {old!r}"
+    for paragraph in (ROOT / "tests/mutants_accepted.txt").read_text().strip().split("\n\n"):
+        _, file, old, _ = paragraph.splitlines()
+        lines = {" ".join(line.split()) for line in (ROOT / file).read_text().splitlines()}
+        assert old.removeprefix("- ") in lines, f"{file}: {old}"
 
 
 # --- pages ----------------------------------------------------------------------------------------
