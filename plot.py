@@ -22,7 +22,7 @@ from alphapo import alphapo_reward
 from command import run_command
 from data.files import check_output, is_finite_number, read_jsonl, written_whole
 
-# Those that experiments/alpha.py compares.
+# Most of those that experiments/alpha.py compares.
 ALPHAS = (-1, -0.25, 0, 0.1, 0.25, 0.5, 1)
 
 LARGEST_DRAWN = 1e100       # matplotlib squares what it draws

@@ -1,7 +1,7 @@
 """The paper's question: what does alpha do? AlphaPO at eight alphas (0 is SimPO), DPO, controls.
 
     python -m experiments.alpha tiny            # half an hour on 2 cores; continues if stopped
-    python -m experiments.alpha smollm2         # on SmolLM2's own answers: ten minutes a run
+    python -m experiments.alpha smollm2         # on SmolLM2's own answers: 15 minutes a run
     python -m experiments.alpha tiny --table    # the tables in experiments/README.md
 
 Runs are kept in experiments/tiny.jsonl or smollm2.jsonl, a line each. All ways get the same pairs,
