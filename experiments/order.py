@@ -36,11 +36,10 @@ from command import run_command
 from data.files import read_jsonl, write_records
 from data.pairs import make_pairs
 from data.preference import load_pairs, pack
-from experiments.alpha import cell, mean_and_error
+from experiments.alpha import GAMMA, ROOT, cell, mean_and_error
 from experiments.drift import load_fast
 from tokenizer import load_chat
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "order.jsonl"
 TINY = ROOT / "data" / "tiny"
 
@@ -49,7 +48,6 @@ LABELS = {"clean": 0.0, "40 % flipped": 0.4}        # share of the training labe
 SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 512
 BETA = 2.5
-GAMMA = 0.25        # the target margin itself
 RATE = 1e-4         # three times the recipe's: pushed
 
 
