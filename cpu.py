@@ -79,8 +79,9 @@ def _mm(a, b):
 
 def _addmm_(total, a, b, *, beta=1, alpha=1):
     """total = beta * total + alpha * a @ b, in place."""
-    if total.dtype == torch.float32 and beta == 1 and alpha == 1:
-        return total.add_(_mm(a, b))
+    if total.dtype == torch.float32 and beta in (0, 1) and alpha == 1:
+        product = _mm(a, b)
+        return total.add_(product) if beta else total.copy_(product)
     return torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
 
 

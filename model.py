@@ -90,10 +90,8 @@ class Transformer(nn.Module):
         return self.compute_device or self.head_weight.device
 
     def forward(self, tokens):
-        """Logits of one plain sequence, all V of them for every token. (T,) -> (T, V)
-
-        For checks, and for projects that copy this file; training never makes all logits.
-        """
+        """Logits of one plain sequence, all V of them for every token. (T,) -> (T, V). For checks,
+        and for projects that copy this file; training never makes all logits."""
         positions = torch.arange(len(tokens), device=tokens.device)
         attend = self.attend_pairs([(len(tokens),)])        # a prompt without responses
         return self.states(tokens, positions, attend) @ self.head_weight.T
@@ -107,10 +105,7 @@ class Transformer(nn.Module):
         return self.token_logps(*self.response_states(tokens, lengths))
 
     def response_states(self, tokens, lengths):
-        """The states that predict the response tokens of a row of pairs, and those tokens.
-
-        (T,) -> (N, dim) and (N,)
-        """
+        """(N, dim) states that predict the N response tokens of a row of pairs, and those (N,)."""
         positions, predictors, targets = pair_layout(lengths, tokens.device)
         attend = self.attend_pairs(lengths)
         return self.states(tokens, positions, attend)[predictors], tokens[targets]
@@ -206,21 +201,26 @@ class MLP(nn.Module):
         up = self.up_proj(x)                                                    # (T, hidden_dim)
         # SwiGLU takes the weight and not the module: hooks and adapters (LoRA) of down_proj would
         # not run. With those write self.down_proj(F.silu(gate) * up). The head is used likewise.
-        return SwiGLU.apply(gate, up, self.down_proj.weight)                    # (T, dim)
+        down = self.down_proj.weight
+        out = SwiGLU.apply(gate, up, down)                                      # (T, dim), empty
+        # Filled only now: recomputation ends as soon as all that the block keeps is there again,
+        # which is here. So it leaves this product out.
+        with torch.no_grad():
+            return out.addmm_(F.silu(gate).mul_(up), down.T, beta=0)
 
 
 class SwiGLU(torch.autograd.Function):
-    """(silu(gate) * up) @ down.T, keeping gate and up alone for the backward pass.
+    """(silu(gate) * up) @ down.T to autograd, keeping gate and up alone for the backward pass.
 
     Autograd would also keep silu(gate) and the product. At hidden_dim these are the largest tensors
-    of a block, and both are quick to recompute. gate, up (T, hidden_dim) -> (T, dim)
+    of a block, and both are quick to recompute. gate, up (T, hidden_dim) -> (T, dim), not filled.
     No second derivatives.
     """
 
     @staticmethod
     def forward(ctx, gate, up, down):
         ctx.save_for_backward(gate, up, down)
-        return F.silu(gate).mul_(up) @ down.T
+        return gate.new_empty(len(gate), len(down))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

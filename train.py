@@ -99,7 +99,7 @@ class TrainConfig:
     max_prompt_length: int = 1800       # drops pairs with longer prompts
     cache: str = "runs/cache"           # keeps tokens of large data; empty: tokenise every time
     tokens_per_micro_batch: int = 8192  # a packed row; a step is as many rows as its pairs need
-    recompute: bool = False             # activation checkpointing: less memory, a third slower
+    recompute: bool = False             # activation checkpointing: less memory, a fifth slower
     compile: bool = False               # on GPUs: 3 % faster, the first step half a minute later
 
     # Ranks. None of these changes what is computed.

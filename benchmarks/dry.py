@@ -242,7 +242,8 @@ HOST_OPS = set("""
     sym_storage_offset _local_scalar_dense is_pinned wait_tensor
 """.split())
 MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
-WRITES_ONLY = {"copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "full_like"}
+WRITES_ONLY = {"copy_", "_foreach_copy_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros",
+               "full_like"}
 PICKS = {"index", "gather", "embedding", "index_select"}            # read what they return
 SCATTERS = {"index_put_", "scatter_add_", "index_add_", "scatter_"}     # touch a part of self
 # Sums over many numbers (addmm: the head's gradients), and functions whose rounding shows: fp32 at
@@ -428,6 +429,8 @@ class Recorder(TorchDispatchMode):
                 self.seen.optimiser.update(_short(t.dtype) for t in read + written if on_gpu(t))
         if name in EXACT:
             self.seen.exact.update((name, _short(t.dtype)) for t in written)
+        if kwargs.get("beta") == 0:
+            read = read[1:]                                     # only written
         size = _traffic(name, read, written)
         self.seen.kernels[kind] += launches
         self.seen.ops[name] += launches
@@ -493,6 +496,9 @@ def _bytes(t):
 
 
 def _traffic(name, read, written):
+    if name == "all_gather_copy_in":
+        # It returns the buffer that all ranks' shards are gathered in, but fills this rank's alone.
+        return 2 * _bytes(written[0])
     if name in WRITES_ONLY:
         read = [t for t in read if all(t is not w for w in written)]
     if name in ("zeros_like", "ones_like", "new_zeros", "full_like"):

@@ -26,8 +26,8 @@ def plain_mm(a, b):
     return torch.mm(a, b, out=torch.empty(a.shape[0], b.shape[1]))
 
 
-def plain_addmm_(total, a, b):
-    return torch.addmm(total, a, b, out=total)
+def plain_addmm_(total, a, b, beta=1):
+    return torch.addmm(total, a, b, beta=beta, out=total)
 
 
 @pytest.fixture(params=["onednn", "pytorch"])
@@ -51,6 +51,9 @@ def test_products_equal_those_in_float64(n, k, m, products):
         exact = total.double() + x.double().T @ y.double()
         assert addmm_(total, x.T, y) is total
         assert_equal_to_rounding(total, exact)
+        total.fill_(torch.nan)                      # with beta=0 it is not read
+        assert addmm_(total, x.T, y, beta=0) is total
+        assert_equal_to_rounding(total, x.double().T @ y.double())
 
 
 def test_other_products_are_pytorchs():

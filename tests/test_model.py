@@ -506,6 +506,19 @@ def test_recompute_serves_autograd_grad_and_leaves_the_random_generator_alone(fo
         assert torch.equal(ours, theirs)
 
 
+def test_recomputation_leaves_out_the_product_that_no_gradient_needs(folders):
+    model = load_model(folders["llama3"])
+
+    def products_of_backward(recompute):
+        model.recompute = recompute
+        logps = model.response_logps(torch.arange(20), [(4, 9, 7)])
+        with Products() as products:
+            logps.sum().backward()
+        return len(products.seen)
+    # Again are those of q, k, v, o, gate and up; not that of down.
+    assert products_of_backward(True) - products_of_backward(False) == 6 * SMALL["num_hidden_layers"]
+
+
 def test_a_block_by_itself_recomputes_nothing(folders, monkeypatch):
     monkeypatch.setattr(model_py, "checkpoint", None)
     model = load_model(folders["llama3"])
