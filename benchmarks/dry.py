@@ -5,7 +5,7 @@
     python -m benchmarks.dry --model Llama-3-8B --decode 64         # sampling, 64 answers at a time
     python -m benchmarks.dry --check                # plan.py against it: benchmarks/dry.json
 
---model is a folder with a config.json, or one of SHAPES. Tensors are PyTorch's FakeTensors: they
+--model is a folder with a config.json, or one of shapes.py. Tensors are PyTorch's FakeTensors: they
 have a shape, a dtype and a device, and no numbers. Ranks are a fake process group, in which this
 process is rank 0. The device is a stand-in, registered as PrivateUse1, that passes for CUDA. So the
 project's code runs as it would on a GPU, and what is seen of it is exact: kernels and their dtypes,
@@ -24,12 +24,10 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -51,11 +49,12 @@ import plan
 import score
 import train
 from benchmarks.lengths import pair_lengths
+from benchmarks.shapes import SHAPES, config_of
 from benchmarks.workers import machine
 from command import run_command
 from data.files import check_output, write_whole
 from data.preference import PreferencePair
-from model import Transformer, read_config
+from model import Transformer
 from sampler import generate
 
 # Rates of an H100 (SXM), set to what its kernels reached in a step of benchmarks/gpu.json ("kept").
@@ -548,42 +547,6 @@ def _seen_keys(Tq, Tk, causal, window):
 
 
 # --- jobs -----------------------------------------------------------------------------------------
-
-def _shape(kind, dim, hidden_dim, layers, heads, kv_heads, vocab, **more):
-    return {
-        "model_type": kind,
-        "hidden_size": dim,
-        "intermediate_size": hidden_dim,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 5e5,
-        "max_position_embeddings": 32768,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False} | more
-
-
-SHAPES = {
-    "Llama-3-8B": _shape("llama", 4096, 14336, 32, 32, 8, 128256),
-    "Llama-3.2-1B": _shape("llama", 2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True),
-    "Mistral-7B": _shape("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=None),
-    "Mistral-7B-window": _shape("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096),
-    "Qwen2.5-7B": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064),
-    "Qwen3-8B": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128),
-}
-
-
-def config_of(model, layers=None):
-    """ModelConfig of a folder or of one of SHAPES, cut to so many layers."""
-    if model not in SHAPES:
-        return read_config(model)
-    with tempfile.TemporaryDirectory() as folder:
-        shape = SHAPES[model] | ({"num_hidden_layers": layers} if layers else {})
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
-        return read_config(folder)
-
 
 def config_for(**fields):
     return train.resolve_config(train.TrainConfig(

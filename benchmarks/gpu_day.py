@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 import gpu
 from benchmarks.lengths import pair_lengths
 from benchmarks.scaling import random_pairs
+from benchmarks.shapes import SHAPES, config_of
 from benchmarks.step import write_pairs
 from benchmarks.workers import ROOT, WARM_UP, Worker, machine
 from command import run_command
@@ -44,30 +45,14 @@ from data.files import check_output, write_whole
 from data.preference import pack
 from distributed import join_ranks, leave_ranks, shard_model
 from gpu import useful_flops
-from model import ModelConfig, Transformer, causal_attention, pair_attention, read_config
+from model import Transformer, causal_attention, pair_attention, read_config
 from sampler import decode_attention, generate
 from train import TrainConfig, make_optimizer, resolve_config, run_rows, train_step
 
-# Of the models' config.json: width, MLP, layers, heads, key/value heads, head_dim, vocabulary.
-SHAPES = {
-    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256),
-    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128, 128256),
-    "Llama-3-8B": (4096, 14336, 32, 32, 8, 128, 128256),
-    "small": (64, 128, 2, 4, 2, 16, 500),
-}
-TIED = ("Llama-3.2-1B", "Llama-3.2-3B")
 TOKENS = 8192       # of a row
 PAIRS = 32          # a step
 # Pairs of a step on a CPU, and their longest sequence.
 SMALL = {"tokens": 400, "pairs": 4, "max_length": 150}
-
-
-def shape(name, layers=None):
-    dim, hidden, n_layers, heads, kv_heads, head_dim, vocab = SHAPES[name]
-    return ModelConfig(
-        vocab_size=vocab, dim=dim, n_layers=layers or n_layers, n_heads=heads, n_kv_heads=kv_heads,
-        head_dim=head_dim, hidden_dim=hidden, norm_eps=1e-5, rope_theta=5e5, max_positions=8192,
-        tied=name in TIED)
 
 
 def train_config(args, **changes):
@@ -201,7 +186,7 @@ def attention_errors(device):
 
 def step_errors(device, args):
     """Of log-probs and gradients of a step in bf16, against fp32 on the same device."""
-    c = shape("small") if args.small else shape("Llama-3-8B", layers=2)
+    c = config_of("small") if args.small else config_of("Llama-3-8B", layers=2)
     pairs = random_pairs(Pairs(args).lengths()[:8], c.vocab_size)
     sides = {}
     for dtype in ("float32", "bfloat16"):
@@ -266,7 +251,7 @@ def _lines(command, output):
 def steps(device, args, name, layers=None):
     """{setting: figures} of a model, or of one that is cut to a few layers."""
     found = {}
-    c = shape("small" if args.small else name, layers)
+    c = config_of("small" if args.small else name, layers)
     model = sharded_model(c, train_config(args), device)
     optimizer = make_optimizer(model, train_config(args))
     settings = ["kept", "recomputed", "recomputed, rows of twice the tokens"]
@@ -371,7 +356,7 @@ def profiled(step, c, device):
 
 def sampler(device, args):
     """{setting: tokens/s} of decoding, after the prompts."""
-    c = shape("small") if args.small else shape("Llama-3-8B")
+    c = config_of("small") if args.small else config_of("Llama-3-8B")
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = Transformer(c)
@@ -413,12 +398,12 @@ def sampler(device, args):
 def trl(device, args):
     """Steps of TRL and of ours on the same pairs, a model of Llama-3.2-1B's shape."""
     name = "small" if args.small else "Llama-3.2-1B"
-    c = shape(name)
+    c = config_of(name)
     lengths = Pairs(args).lengths()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_folder(folder, c, device)
+        write_folder(folder, name, device)
         write_pairs(folder, c.vocab_size, lengths)
         ways = ["ours", *(f"trl-{batch}x{len(lengths) // batch}" for batch in args.trl)]
         for way in ways:
@@ -442,29 +427,13 @@ def trl(device, args):
     return found
 
 
-def write_folder(folder, c, device):
-    """A Hugging Face folder with random weights."""
+def write_folder(folder, name, device):
+    """A Hugging Face folder with random weights, of one of SHAPES."""
     from safetensors.torch import save_file
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": c.dim,
-        "intermediate_size": c.hidden_dim,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.head_dim,
-        "vocab_size": c.vocab_size,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "max_position_embeddings": c.max_positions,
-        "hidden_act": "silu",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": c.tied,
-    }))
+    fields = {"architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(SHAPES[name] | fields))
     with device:
-        model = Transformer(c).bfloat16()
+        model = Transformer(read_config(folder)).bfloat16()
     fill(model)
     tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
