@@ -428,9 +428,7 @@ class Recorder(TorchDispatchMode):
                 self.seen.optimiser.update(_short(t.dtype) for t in read + written if on_gpu(t))
         if name in EXACT:
             self.seen.exact.update((name, _short(t.dtype)) for t in written)
-        if kwargs.get("beta") == 0:
-            read = read[1:]                                     # only written
-        size = _traffic(name, read, written)
+        size = _traffic(name, read, written, kwargs)
         self.seen.kernels[kind] += launches
         self.seen.ops[name] += launches
         self.seen.flops[kind] += flops
@@ -494,11 +492,11 @@ def _bytes(t):
     return t.itemsize * math.prod(n for n, s in zip(t.shape, t.stride()) if s)
 
 
-def _traffic(name, read, written):
+def _traffic(name, read, written, kwargs):
     if name == "all_gather_copy_in":
         # It returns the buffer that all ranks' shards are gathered in, but fills this rank's alone.
         return 2 * _bytes(written[0])
-    if name in WRITES_ONLY:
+    if name in WRITES_ONLY or kwargs.get("beta") == 0:
         read = [t for t in read if all(t is not w for w in written)]
     if name in ("zeros_like", "ones_like", "new_zeros", "full_like"):
         read = []

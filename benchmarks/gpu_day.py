@@ -16,7 +16,7 @@ Parts, which --only picks:
 
 Whole steps of train.py in mixed precision under FSDP2, on random weights in the shapes of real
 models. Each step has new pairs, as in training: kernels that plan for each shape show what they
-cost. Lengths are those of benchmarks/lengths.py. MFU counts a step's useful work (step.py) against
+cost. Lengths are those of benchmarks/lengths.py. MFU counts a step's useful work (gpu.py) against
 --peak. Figures are medians.
 """
 import argparse
