@@ -101,11 +101,11 @@ def memory(c, args, gpus):
     #    that predict, and their gradients.
     activations = BF16 * tokens * kept_per_token(c, args.recompute)
     before = BF16 * tokens * (kept_at_head(c, args.recompute) + 3 * c.dim)
-    # The head's gradient is in bf16, in which FSDP takes it, and beside that summed in fp32.
-    of_head = BF16 * root + (BF16 + FP32) * head
+    # The head's gradient is summed in fp32.
+    of_head = BF16 * root + FP32 * head
     room = max(KEPT_LOGITS["gpu"] // c.vocab_size, 2 * args.max_length)     # of a group of pairs
     logits = min(min(tokens, room) * c.vocab_size, KEPT_LOGITS["gpu"] + CHUNK_LOGITS["gpu"])
-    # Then its sum is rounded to another one in bf16.
+    # Then the sum is rounded to bf16, in which FSDP takes it.
     of_head += max(FP32 * logits, BF16 * head)
     # In a block's backward pass: its weights, in FSDP's buffer and those of the next one; its
     # gradients; four tensors of the MLP's width. The fp32 gradients of the block before it are on

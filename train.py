@@ -213,10 +213,10 @@ def head_and_loss(states, targets, weight, pairs, config, grad_scale=None):
     grad_states = None
     if training:
         grad_states = torch.empty_like(states)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
         # Summed in fp32, because in bf16 each group would round it. (Of fp32 it is .grad itself.)
-        grad_weight = weight.grad.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = (torch.zeros_like(weight, dtype=wide) if weight.grad is None
+                       else weight.grad.to(wide))
     results = []
     end = 0
     for group in groups_of(pairs, kept_tokens(states, weight)):

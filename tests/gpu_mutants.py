@@ -131,7 +131,7 @@ MUTANTS = [
      "a wait a group"),
     ("train.py", "reference = to_device(reference, chosen_logps.device, torch.float64)",
      "reference = torch.tensor(reference, device=chosen_logps.device, dtype=torch.float64)", "a blocking copy"),
-    ("train.py", "weight.grad.to(torch.promote_types(weight.dtype, torch.float32))", "weight.grad",
+    ("train.py", "wide = torch.promote_types(weight.dtype, torch.float32)", "wide = weight.dtype",
      "the head's gradient summed in bf16"),
     ("train.py", "results.index_copy_(0, to_device(row.indices, model.device), of_pairs)",
      "results[row.indices] = of_pairs", "an index that is waited for"),
@@ -139,10 +139,10 @@ MUTANTS = [
     ("train.py", "grad_states = torch.empty_like(states)",
      "grad_states = torch.empty_like(states, dtype=torch.float64)",
      "gradients of the states in float64"),
-    ("train.py", "        if weight.grad is None:\n", "        if True:\n",
-     "the head's gradients of earlier rows lost"),
-    ("train.py", "            weight.grad = torch.zeros_like(weight)",
-     "            weight.grad = torch.zeros_like(weight)\n            weight.grad_twin = torch.zeros_like(weight)",
+    ("train.py", " if weight.grad is None\n", " if True\n", "the head's gradients of earlier rows lost"),
+    ("train.py", "        grad_weight = (torch.zeros_like(weight, dtype=wide)",
+     "        weight.grad_twin = torch.zeros_like(weight)\n"
+     "        grad_weight = (torch.zeros_like(weight, dtype=wide)",
      "the head's gradient held twice"),
     ("train.py", "dtype=torch.float64, device=model.device)", "dtype=torch.float64)", "results on the host"),
     ("train.py", "    dist.all_reduce(results) ", "    pass ", "ranks do not share their results"),
@@ -180,7 +180,7 @@ MUTANTS = [
 # old text of those that are missed, and why that is so.
 MISSED = {
     "norm = norm.full_tensor()": "clip_grad_norm_ has added up the ranks' norms already: the same number",
-    "        if weight.grad is None:\n": "FSDP takes the gradient away after every row: it is None",
+    " if weight.grad is None\n": "FSDP takes the gradient away after every row: it is None",
     "grad_up = silu.mul_(grad_product)": "the peak is a moment before, in silu_backward: no more is held there",
     "numbers = numbers.pin_memory()": "fakes lie in no memory",
 }

@@ -28,10 +28,10 @@ NORMS = 8                   # those of queries and keys, or the sums of biases' 
 CHUNK = 34                  # of the vocabulary, a group of pairs, forward and backward
 TWICE = 2                   # one that is made twice, because there is no room to keep it
 LOSS = 65                   # of a group of pairs, with its averages, forward and backward
-PEAK = 15.5                 # GB that step() holds at its peak
+PEAK = 14.4                 # GB that step() holds at its peak
 TOKEN = 91                  # of decoding
 REWARD = 76                 # all kernels of a reward
-GIGABYTES = 130.9           # that step() reads and writes beside products and attention, FSDP's copies included
+GIGABYTES = 126.7           # that step() reads and writes beside products and attention, FSDP's copies included
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
