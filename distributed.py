@@ -208,8 +208,8 @@ def load_sharded(config, device):
 
 def shard_model(model, config, device):
     """FSDP2: each rank holds a slice of every weight, gradient and moment, in weight_dtype. Only
-    the running block, the next one and the root (embedding, norm, head) are gathered at a time, in
-    compute_dtype."""
+    the running block, the next one and the root (last norm and head) are gathered at a time, in
+    compute_dtype; the embedding for as long as it is read."""
     precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.compute_dtype),
         reduce_dtype=getattr(torch, config.weight_dtype))
@@ -217,9 +217,13 @@ def shard_model(model, config, device):
     if config.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     mesh = device_mesh(config.shard_within_node, device)
-    # Each block is gathered and freed as a whole; what is left is the root's.
-    for module in [*model.model.layers, model]:
+    # Each block is gathered and freed as a whole; what is left is the root's. A tied embedding is
+    # the head, and stays in the root.
+    embedding = [] if model.config.tied else [model.model.embed_tokens]
+    for module in [*embedding, *model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for module in embedding:
+        module.set_unshard_in_backward(False)           # its gradient needs no weights
     register_fsdp_forward_method(model, "states")       # how we enter it, beside forward
     model.compute_device = device
 

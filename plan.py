@@ -84,8 +84,9 @@ def memory(c, args, gpus):
     c and train.py's fields in `args`."""
     # 1. The sizes of the model.
     n, block = count_weights(c)
-    root = n - c.n_layers * block               # embedding, last norm and head
     head = c.vocab_size * c.dim
+    # Gathered from the first block to the last one: the last norm and the head.
+    root = n - c.n_layers * block - (0 if c.tied else head)
     tokens = args.tokens_per_micro_batch
 
     # 2. What rests: weights and two moments in shards, and the gradients of rows before this one.

@@ -306,6 +306,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.yes = yes
         self.phase = PHASES[-1]
+        self.block = 0              # weights of a block, where ranks exchange them
         self.sizes = {}             # bytes of each storage alive, by its address
         self.refs = {}
         self.alive = 0
@@ -632,6 +633,7 @@ def dry_step(c, config, pairs, gpus, node=GPUS_OF_A_NODE):
         with noting_phases(recorder, model):
             outcome = train.train_step(model, optimizer, pairs, 1e-6, config)
         recorder.rows = len(outcome.rows) // gpus
+        _, recorder.block = plan.count_weights(c)
         recorder.left = recorder.alive - recorder.at_start
     return recorder
 
@@ -681,19 +683,19 @@ def dry_sample(c, batch, prompt=1000, new_tokens=4, **settings):
 
 # --- what is told ---------------------------------------------------------------------------------
 
-def predicted_seconds(seen, gpus):
+def predicted_seconds(seen, gpus, block):
     """{part: seconds} of what was Seen on one of `gpus`. In all: what the GPU takes, or what the
-    host takes to launch, whichever is longer, and the collectives that nothing hides."""
+    host takes to launch, whichever is longer, and the collectives that nothing hides. block: the
+    weights of one."""
     parts = dict(seen.seconds)
     rate = NODE_RATE if gpus <= GPUS_OF_A_NODE else NETWORK_RATE
-    # Before the first block nothing hides the gathering of the root, nor behind the last one its
-    # reduction. These are the largest of their kind. The others hide, as far as there is room.
+    # Before the first block nothing hides the gathering of root and embedding, nor behind the last
+    # one their reduction. What is as large as a block's is one's, and hides if there is room.
     exposed = 0
     total = 0
-    for kind in (GATHERS, REDUCTIONS):
+    for kind, width in ((GATHERS, plan.BF16), (REDUCTIONS, plan.FP32)):
         sizes = [c.bytes for c in seen.collectives if c.name in kind and c.ranks > 1]
-        largest = max(sizes, default=0)
-        exposed += largest * sizes.count(largest) / rate
+        exposed += sum(n for n in sizes if not math.isclose(n, width * block, rel_tol=0.01)) / rate
         total += sum(sizes) / rate
     busy = sum(parts.values())
     parts["collectives, exposed"] = max(exposed, total - busy)
@@ -705,7 +707,7 @@ def predicted_seconds(seen, gpus):
 def summary(recorder, gpus=1, useful=0):
     """The dry run as numbers for JSON. useful: FLOP on one of `gpus`."""
     seen = recorder.seen
-    seconds = predicted_seconds(seen, gpus)
+    seconds = predicted_seconds(seen, gpus, recorder.block)
     gathered = sum(c.bytes for c in seen.collectives if c.name in GATHERS)
     reduced = sum(c.bytes for c in seen.collectives if c.name in REDUCTIONS)
     return {

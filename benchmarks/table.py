@@ -202,9 +202,6 @@ def predicted_table():
             100 * p["mfu"], 100 * m["profiled_flops"] / m["profiled_seconds"] / dry.PEAK)
         cells["waits"] = sum(p["waits"].values()), m["waits"]
         cells["peak memory, GB"] = p["peak_gb"], m["peak_bytes"] / 1e9
-        config = dry.config_for(pairs_per_step=32, **dry.MEASURED[setting])
-        planned = dry.planned_bytes(dry.config_of("Llama-3-8B", 8), config, 1)
-        cells["by plan.py, GB"] = planned / 1e9, m["peak_bytes"] / 1e9
         columns.append(cells)
     for what in columns[0]:
         digits = 1 if what.endswith(("GB", "%")) else 0
