@@ -690,12 +690,16 @@ def predicted_seconds(seen, gpus, block):
     parts = dict(seen.seconds)
     rate = NODE_RATE if gpus <= GPUS_OF_A_NODE else NETWORK_RATE
     # Before the first block nothing hides the gathering of root and embedding, nor behind the last
-    # one their reduction. What is as large as a block's is one's, and hides if there is room.
+    # one their reduction. What is as large as a block, or as its shard that replicas (HSDP) add up,
+    # is a block's, and hides if there is room.
     exposed = 0
     total = 0
     for kind, width in ((GATHERS, plan.BF16), (REDUCTIONS, plan.FP32)):
         sizes = [c.bytes for c in seen.collectives if c.name in kind and c.ranks > 1]
-        exposed += sum(n for n in sizes if not math.isclose(n, width * block, rel_tol=0.01)) / rate
+        of_blocks = width * block, width * block / GPUS_OF_A_NODE
+        exposed += sum(
+            size for size in sizes
+            if not any(math.isclose(size, of, rel_tol=0.01) for of in of_blocks)) / rate
         total += sum(sizes) / rate
     busy = sum(parts.values())
     parts["collectives, exposed"] = max(exposed, total - busy)

@@ -256,6 +256,15 @@ def replicas_sum_once_when_every_row_is_reduced():
     right_collectives(step(gpus=16, shard_within_node=True, sync_every_micro_batch=True), replicas=2)
 
 
+def nothing_hides_what_root_and_embedding_exchange_and_blocks_hide_the_rest():
+    from benchmarks import dry
+    for r, replicas in ((step(), 1), (step(gpus=16, shard_within_node=True), 2)):
+        _, block, root = sizes(r.c)
+        sizes_exposed = [r.rows * 2 * root, 4 * root] + [4 * root / 8] * (replicas - 1)
+        seconds = dry.predicted_seconds(r.seen, 8, block)["collectives, exposed"]
+        assert seconds == pytest.approx(sum(sizes_exposed) / dry.NODE_RATE, rel=0.01)
+
+
 def recomputation_and_sync_hold_less_and_gather_as_often():
     r = step(recompute=True, sync_every_micro_batch=True)
     right_step(r)
@@ -384,7 +393,9 @@ PARTS = {
         prefill_is_fused_and_makes_logits_of_last_tokens_alone],
     "knobs": [
         one_rank_talks_to_none_and_is_else_the_same, replicas_sum_their_gradients_once_in_fp32,
-        replicas_sum_once_when_every_row_is_reduced, recomputation_and_sync_hold_less_and_gather_as_often,
+        replicas_sum_once_when_every_row_is_reduced,
+        nothing_hides_what_root_and_embedding_exchange_and_blocks_hide_the_rest,
+        recomputation_and_sync_hold_less_and_gather_as_often,
         recomputation_does_not_read_the_random_generator, offload_moves_weights_and_gradients_without_waiting,
         dpo_copies_its_reference_and_is_else_the_same],
     "models": [
