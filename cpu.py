@@ -3,7 +3,7 @@
 To be rid of it, delete this file and the calls in distributed.py, generate.py and score.py.
 (benchmarks/ and experiments/ call it as well.)
 
-    cpu.speed_up(model)         # after load_model, if the model computes on a CPU
+    cpu.speed_up(model)         # if it computes on a CPU; before fully_shard
 
 model.py is plain PyTorch, whose kernels are made for GPUs first. On CPUs four of them are worth
 replacing: matrix products, attention, RMSNorm, and the gradient of the embedding; and memory that
@@ -44,7 +44,8 @@ def speed_up(model):
 def has_fast_onednn():
     """Whether oneDNN multiplies fp32 matrices faster than MKL, which PyTorch takes.
 
-    Measured on AMD's CPUs with AVX-512: twice as fast. Others were not measured.
+    Measured on AMD's CPUs: with AVX-512 twice as fast, without it a tenth slower. Others were
+    not measured.
     """
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return avx512 and torch.backends.mkldnn.is_available()

@@ -15,7 +15,6 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -190,18 +189,21 @@ def load_sharded(config, device):
     that computes in the dtype of its weights needs no slices."""
     # FSDP casts weights to compute_dtype and moves offloaded ones, also for a single process.
     one_process = dist.get_world_size() == 1 and not config.cpu_offload
-    shard = partial(shard_model, config=config, device=device)
-    if one_process and config.compute_dtype == config.weight_dtype:
-        shard = None
+    whole = one_process and config.compute_dtype == config.weight_dtype
+
+    def prepare(model):
+        if device.type == "cpu":
+            cpu.speed_up(model)         # before FSDP, which gives modules classes of its own
+        if not whole:
+            shard_model(model, config, device)
+
     model = load_model(
         config.model,
         dtype=getattr(torch, config.weight_dtype),
         device="cpu" if config.cpu_offload else device,     # where weights rest
-        shard=shard)
+        shard=prepare)
     model.recompute = config.recompute
-    if device.type == "cpu":
-        cpu.speed_up(model)
-    else:
+    if device.type != "cpu":
         gpu.speed_up(model, getattr(torch, config.compute_dtype), config.compile)
     return model
 

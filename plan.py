@@ -12,14 +12,14 @@ loaded, so the model's folder may hold config.json alone. A line for each number
                     if a rank has several
     activations     of a full row, kept for the backward pass
     head            what is held in all while the head works on the last row
-    backward        ... while the backward pass is in the last block
+    backward        ... while the backward pass is in the last block or the first
     step            ... while AdamW works
     in all          the largest of these three
 
 Then a sentence says what each knob that is not set would save.
 
 DPO takes no more: its reference is two numbers a pair, computed before the first step. Sliding
-windows take no masks. The counts are within 10 % of a dry run of the step (benchmarks/dry.py); on
+windows take no masks. The counts are within 5 % of dry runs of the step (benchmarks/dry.py); on
 top come the workspaces of kernels, what the allocator loses, and NCCL, some 2 to 4 GB as a rule of
 thumb.
 """
@@ -108,19 +108,23 @@ def memory(c, args, gpus):
     logits = min(min(tokens, room) * c.vocab_size, KEPT_LOGITS["gpu"] + CHUNK_LOGITS["gpu"])
     # Then the sum is rounded to bf16, in which FSDP takes it.
     of_head += max(FP32 * logits, BF16 * head)
-    # In a block's backward pass: its weights, in FSDP's buffer and those of the next one; its
-    # gradients; four tensors of the MLP's width. The fp32 gradients of the block before it are on
-    # their way to other ranks; what that one had kept is free again.
-    in_block = BF16 * (root + head + 2 * block) + BF16 * block
+    # In a block's backward pass: its weights and gradients, and four tensors of the MLP's width.
+    in_block = BF16 * (root + head + 2 * block) + BF16 * 4 * tokens * c.hidden_dim
+    # In the last block all activations are there. FSDP's buffer holds the weights of the next one;
+    # the fp32 gradients of the block before are on their way to other ranks, and what that one had
+    # kept is free again.
     freed = BF16 * tokens * (c.dim if args.recompute else kept_in_block(c))
-    in_block += max(0, FP32 * block - freed)
-    in_mlp = BF16 * 4 * tokens * c.hidden_dim
+    last_block = rest + in_block + BF16 * block + max(0, FP32 * block - freed) + activations
+    # In the first one all other blocks' gradients are there, of a step's first row too.
+    reduced = 0 if args.cpu_offload else FP32 * c.n_layers * block / shards
+    first_block = 3 * shard + max(gradients, reduced) + in_block + FP32 * block
+    first_block += BF16 * tokens * (c.dim + kept_in_block(c))
     return {
         "state": 4 * shard,
         "waiting": max(0, gradients - shard),
         "activations": activations,
         "head": rest + of_head + before,
-        "backward": rest + in_block + in_mlp + activations,
+        "backward": max(last_block, first_block),
         "step": 4 * shard,
     }
 

@@ -13,7 +13,7 @@ trl-NxM  TRL's CPOTrainer with loss_type="alphapo", N pairs a batch, M batches a
 
 Each way is a process of its own (workers.py) with the same model loaded. They take steps in turn,
 and what counts is the median of the ratios of a round. Peak memory is what a second step adds to
-weights, gradients and AdamW's moments. --mkl leaves out oneDNN, as on other CPUs than AMD's. Linux.
+weights, gradients and AdamW's moments. --mkl leaves out oneDNN, as on CPUs without AVX-512. Linux.
 """
 import argparse
 import json

@@ -365,12 +365,13 @@ def prefill_is_fused_and_makes_logits_of_last_tokens_alone():
     assert r.prefill.flops["matmul"] < 1.01 * (2 * LAYERS * block * 16 * 1000 + 2 * 16 * c.vocab_size * c.dim)
 
 
-def the_plan_is_within_a_tenth_on_8_and_64_gpus():
+def the_plan_is_right_on_4_8_and_64_gpus():
     from benchmarks import dry
     # At full depth, and all knobs: benchmarks/dry.json, which test_readme.py compares.
     for model, gpus, knobs in (
-            ("Llama-3-8B", 64, {"recompute": True}), ("Mistral-7B", 8, {}), ("Llama-3.2-1B", 64, {}),
-            ("Qwen2.5-7B", 8, {"sync_every_micro_batch": True}), ("Qwen3-8B", 8, {"cpu_offload": True})):
+            ("Llama-3-8B", 64, {"recompute": True}), ("Llama-3-8B", 4, {"recompute": True}), ("Mistral-7B", 8, {}),
+            ("Llama-3.2-1B", 64, {}), ("Qwen2.5-7B", 8, {"sync_every_micro_batch": True}),
+            ("Qwen3-8B", 8, {"cpu_offload": True})):
         config = dry.checked_config(gpus, knobs)
         c = dry.config_of(model, layers=3)
         r = dry.dry_step(c, config, dry.pairs_of([dry.LONGEST] * config.pairs_per_step), gpus)
@@ -401,7 +402,7 @@ PARTS = {
     "models": [
         windows_take_no_mask_and_no_memory, tied_weights_are_gathered_and_reduced_once,
         biases_of_qwen2_change_nothing_else, norms_of_qwen3_change_nothing_else],
-    "the plan": [the_plan_is_within_a_tenth_on_8_and_64_gpus],
+    "the plan": [the_plan_is_right_on_4_8_and_64_gpus],
 }
 
 # --- processes --------------------------------------------------------------------------------------------------------

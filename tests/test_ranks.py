@@ -155,6 +155,23 @@ def test_losses_and_clipped_gradients_of_an_fp32_step_are_the_same_on_any_number
     assert total.item() == pytest.approx(0.5, rel=1e-5)
 
 
+def test_gradients_of_tied_weights_are_the_same_on_two_ranks(data, tmp_path):
+    """The embedding is the head then: FSDP gathers it with the root and not by itself."""
+    tied = tmp_path / "tied"
+    shutil.copytree(MODEL, tied)
+    settings = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(tied / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    for world in (1, 2):
+        job = config(data, "", model=tied, max_grad_norm=0.5, tokens_per_micro_batch=120)
+        run_ranks(world, tmp_path, ranks.save_gradients, job, tmp_path / f"{world}.pt")
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert largest_difference(two["grads"], one["grads"]) <= 1e-10
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-10)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_that_computes_in_bf16_is_near_and_judges_too(world, data, one_rank, tmp_path):
     """What GPUs do by default, here on the CPU."""

@@ -36,9 +36,9 @@ def test_the_tables_of_dry_runs_are_those_of_the_committed_results(make):
     assert make() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_plan_is_within_a_tenth_of_every_committed_peak():
+def test_the_plan_is_within_5_percent_of_every_committed_peak():
     for model, gpus, knobs, peak, planned in table.planned_peaks():
-        assert 0.9 <= planned / peak <= 1.1, (model, gpus, knobs)
+        assert 0.95 <= planned / peak <= 1.05, (model, gpus, knobs)
 
 
 def test_what_the_dry_run_predicts_of_a_step_is_within_a_tenth_of_what_an_h100_took():
@@ -70,8 +70,8 @@ def row_of_step(name):
     return f"optimiser step, vocabulary {r['vocabulary']:,}", r["times_as_long_as_ours"][trl], f"{memory:.2f} of theirs"
 
 
-def row_of_head():
-    r = results("head")["vocabularies"][-1]
+def row_of_head(name="head"):
+    r = results(name)["vocabularies"][-1]
     memory = r["peak_bytes"]["ours"] / r["peak_bytes"]["liger"]
     return f"vocabulary head and its gradient, {r['vocabulary']:,}", r["liger_times_as_long"], f"{memory:.2f} of theirs"
 
@@ -87,6 +87,17 @@ def test_the_rows_of_speed_are_those_of_the_committed_results(row):
     what, times, memory = row
     cells = next(line for line in README.splitlines() if line.startswith(f"| {what} |")).split(" | ")
     assert cells[2:] == [f"{times:.2f} times as fast", f"{memory} |"]
+
+
+def test_the_speeds_without_avx512_are_those_of_the_committed_results():
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    (_, small, share), (_, large, of_large) = row_of_step("avx2/step"), row_of_step("avx2/step-128k")
+    share = share.removesuffix(" of theirs")
+    assert f"a step is {small:.2f} and {large:.2f} times as fast as TRL's, in {share} and {of_large[:4]} of the" in page
+    heads = [r["liger_times_as_long"] for r in results("avx2/head")["vocabularies"]]
+    assert f"the head is {heads[0]:.2f} and {heads[1]:.2f} times as fast as Liger's" in page
+    answers = results("avx2/sample")["times_as_long_as_ours"]
+    assert f"rows' speeds are {small:.2f}, {large:.2f}, {heads[1]:.2f} and {answers:.2f}." in README
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.recipe)

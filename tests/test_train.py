@@ -13,14 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+import cpu
 import model as model_py
 import train
 from data.preference import PackedPairs, load_pairs, pack
 from checkpoint import claim_output
-from distributed import join_ranks
+from distributed import join_ranks, load_sharded
 from model import load_model
 from small import TIMES, random_pairs, sequence_logp, small_model
 from tokenizer import load_chat
@@ -227,6 +229,16 @@ def test_a_method_without_a_loss_is_refused():
     config = dataclasses.replace(config_of(), method="ppo")
     with pytest.raises(ValueError, match="method 'ppo' has no loss here"):
         pair_loss(config, pairs, torch.tensor([-1.0]), torch.tensor([-2.0]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_in_slices_have_the_kernels_of_cpus_too(tied, tmp_path, one_rank):
+    model = small_model(tmp_path, tie_word_embeddings=tied, dtype=torch.float32)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = config_of(weight_dtype="float32", compute_dtype="bfloat16")
+    sliced = load_sharded(dataclasses.replace(config, model=str(tmp_path)), torch.device("cpu"))
+    assert isinstance(sliced, FSDPModule) and isinstance(sliced.model.embed_tokens, cpu.Embedding)
+    assert isinstance(sliced.model.norm, cpu.RMSNorm) and sliced.causal_attention.func is cpu.blocked_attention
 
 
 def as_rank(rank, world, monkeypatch, all_reduce=None):
