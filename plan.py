@@ -115,7 +115,7 @@ def memory(c, args, gpus):
     # kept is free again.
     freed = BF16 * tokens * (c.dim if args.recompute else kept_in_block(c))
     last_block = rest + in_block + BF16 * block + max(0, FP32 * block - freed) + activations
-    # In the first one all other blocks' gradients are there, of a step's first row too.
+    # In the first one the gradients of all others are there, in shards, of a step's only row too.
     reduced = 0 if args.cpu_offload else FP32 * c.n_layers * block / shards
     first_block = 3 * shard + max(gradients, reduced) + in_block + FP32 * block
     first_block += BF16 * tokens * (c.dim + kept_in_block(c))
