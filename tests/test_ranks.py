@@ -40,12 +40,17 @@ def two_layers(tmp_path_factory):
     """The first half of the embedded model: ranks that share a core pay for every block."""
     global MODEL
     MODEL = tmp_path_factory.mktemp("model") / "model"
-    shutil.copytree(TINY / "model", MODEL)
-    settings = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (MODEL / "config.json").write_text(json.dumps(settings))
-    tensors = load_file(MODEL / "model.safetensors")
-    save_file({name: w for name, w in tensors.items() if "layers.2." not in name and "layers.3." not in name},
-              MODEL / "model.safetensors", metadata={"format": "pt"})
+    changed_copy(TINY / "model", MODEL, left_out=("layers.2.", "layers.3."), num_hidden_layers=2)
+
+
+def changed_copy(model, folder, left_out, **settings):
+    """A model folder, copied with other settings in config.json, without the weights whose names have these parts."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in tensors.items() if not any(part in name for part in left_out)},
+              folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +163,7 @@ def test_losses_and_clipped_gradients_of_an_fp32_step_are_the_same_on_any_number
 def test_gradients_of_tied_weights_are_the_same_on_two_ranks(data, tmp_path):
     """The embedding is the head then: FSDP gathers it with the root and not by itself."""
     tied = tmp_path / "tied"
-    shutil.copytree(MODEL, tied)
-    settings = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (tied / "config.json").write_text(json.dumps(settings))
-    tensors = load_file(tied / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    changed_copy(MODEL, tied, left_out=("lm_head.",), tie_word_embeddings=True)
     for world in (1, 2):
         job = config(data, "", model=tied, max_grad_norm=0.5, tokens_per_micro_batch=120)
         run_ranks(world, tmp_path, ranks.save_gradients, job, tmp_path / f"{world}.pt")

@@ -70,8 +70,8 @@ def row_of_step(name):
     return f"optimiser step, vocabulary {r['vocabulary']:,}", r["times_as_long_as_ours"][trl], f"{memory:.2f} of theirs"
 
 
-def row_of_head(name="head"):
-    r = results(name)["vocabularies"][-1]
+def row_of_head():
+    r = results("head")["vocabularies"][-1]
     memory = r["peak_bytes"]["ours"] / r["peak_bytes"]["liger"]
     return f"vocabulary head and its gradient, {r['vocabulary']:,}", r["liger_times_as_long"], f"{memory:.2f} of theirs"
 
